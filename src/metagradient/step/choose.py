@@ -1,0 +1,100 @@
+"""Choosing how steps are compiled, by measuring them."""
+
+from dataclasses import replace
+from math import isqrt
+from time import perf_counter
+
+import jax
+import jax.numpy as jnp
+
+from metagradient.metaparameters import needs_index, slices
+from metagradient.step.feed import Feed
+from metagradient.step.rule import Rule
+from metagradient.step.segment import Runner, Segment
+from metagradient.trees import PyTree, floating, zeros
+
+_REPEATS = 3
+# A compiled loop can save the dispatch of its steps. It is tried where that is a share of a step worth having, and
+# where it could pay for its compilation over some tens of metagradients.
+_DISPATCH_SHARE = 0.03
+_SECONDS_A_METAGRADIENT = 0.02
+_LONGEST = 32
+_UNROLLED = 4
+_TOO_SLOW = 2.0
+
+
+def default_length(steps: int) -> int:
+    """Steps a compiled segment: near the root of the run, at most 32, a divisor of the run where one is close."""
+    target = max(1, min(_LONGEST, isqrt(steps)))
+    near = range(max(1, target // 2), min(steps, 2 * target) + 1)
+    return min((n for n in near if steps % n == 0), key=lambda n: abs(n - target), default=target)
+
+
+def choose(rule: Rule, segment: Segment | int | None, feed: Feed, z: PyTree, state: PyTree, begin: int) -> Segment:
+    """The fastest way to compile steps.
+
+    Arguments:
+        segment: a `Segment` is taken as it is; an int fixes the length; None leaves that to be measured too.
+        begin: first differentiated step.
+
+    Cost: a few steps and their adjoints, and one or two compilations a form; nothing where there is no choice.
+    """
+    if isinstance(segment, Segment):
+        return segment
+
+    def seconds(segment: Segment) -> float:
+        return _seconds(Runner(rule, segment, feed, z), state)
+
+    index = feed.first["index"] if needs_index(z) else None
+    keep, ways = rule.choices(state, feed.first, slices(z, jnp.int32(0), index))
+    single = [Segment(1, "steps", keep, unroll) for unroll in ways]
+    one = single[0] if len(ways) == 1 else min(single, key=seconds)
+    unroll = one.unroll_microbatches
+    steps = len(feed) - begin
+    length = segment or default_length(steps)
+    stepping = replace(one, length=segment or 1)
+    if length == 1:
+        return stepping
+    dispatch = 2 * _dispatch_seconds(feed, z, state)
+    baseline = seconds(one)
+    if dispatch < _DISPATCH_SHARE * baseline or (segment is None and dispatch * steps < _SECONDS_A_METAGRADIENT):
+        return stepping
+    # A loop that is far slower shows it in two steps, before a whole segment is spent on it.
+    scan = Segment(length, "scan", unroll_microbatches=unroll)
+    if seconds(replace(scan, length=2)) < _TOO_SLOW * baseline and seconds(scan) < baseline:
+        return scan
+    written_out = Segment(segment or min(_UNROLLED, steps), "unroll", unroll_microbatches=unroll)
+    return written_out if seconds(written_out) < baseline else stepping
+
+
+def _seconds(runner: Runner, state: PyTree) -> float:
+    """Seconds a step of keeping a segment and pulling back through it, compilation apart."""
+
+    def once() -> None:
+        kept, end = runner.keep(0, state)
+        cotangent, total = floating(state)[0], zeros(runner.z)
+        jax.block_until_ready((runner.pull(0, kept, cotangent, total), end()))
+
+    once()
+    times = []
+    for _ in range(_REPEATS):
+        start = perf_counter()
+        once()
+        times.append(perf_counter() - start)
+    return min(times) / len(runner.steps(0))
+
+
+def _dispatch_seconds(feed: Feed, z: PyTree, state: PyTree) -> float:
+    """Seconds that Python and the runtime take to start one program on a step's arguments."""
+
+    @jax.jit
+    def nothing(state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
+        del batch, z
+        return state
+
+    start = 0.0
+    for i in range(20 + 1):
+        if i == 1:
+            start = perf_counter()
+        jax.block_until_ready(nothing(state, feed.first, z))
+    return (perf_counter() - start) / 20

@@ -1,0 +1,110 @@
+"""Reading batches: every one is held to the first one's structure, and to the index range of z."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metagradient.errors import BatchError
+from metagradient.metaparameters import index_bound, needs_index
+from metagradient.trees import PyTree, is_key, mismatch
+
+
+def _copy(x: Any) -> Any:
+    # A source may hand out one buffer again and again; a copy is what this step saw.
+    return x if isinstance(x, jax.Array) else np.array(x)
+
+
+def _stack(*xs: Any) -> Any:
+    return jnp.stack(xs) if any(isinstance(x, jax.Array) for x in xs) else np.stack(xs)
+
+
+def _signature(batch: PyTree) -> tuple:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, *((x.shape, x.dtype) for x in leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """The batches of a run, checked as they are read.
+
+    Arguments:
+        batches: random-access sequence of pytrees of arrays.
+        z: wrapped metaparameters, which say whether batches need an index, and below which bound.
+    """
+
+    batches: Any
+    z: PyTree
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @cached_property
+    def first(self) -> PyTree:
+        """The first batch, to which all others are held."""
+        return self._read(0)
+
+    @cached_property
+    def _signature(self) -> tuple:
+        return _signature(self.first)
+
+    @cached_property
+    def bound(self) -> int | None:
+        """Number of examples that z covers, or None."""
+        return index_bound(self.z)
+
+    def check(self) -> None:
+        """Raise `BatchError` for an empty, uneven or changing source, or a bad index, before compute is spent.
+
+        Cost: a sequence in memory (list or tuple) is read whole; any other, twice its first batch and once its last.
+        """
+        if not len(self):
+            raise BatchError("batches is empty (T = 0): there is no step to differentiate")
+        for t in range(len(self)) if isinstance(self.batches, (list, tuple)) else [len(self) - 1]:
+            self[t]
+        for a, b in zip(jax.tree.leaves(self.first), jax.tree.leaves(self[0]), strict=True):
+            a, b = (jax.random.key_data(x) if is_key(x) else x for x in (a, b))
+            if not np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)):
+                raise BatchError(
+                    "batches[0] differs between two reads: a batch must be a pure function of its step "
+                    "(draw augmentation from a key made of the step number)"
+                )
+
+    def __getitem__(self, t: int) -> PyTree:
+        """Batch of step t, copied, after all checks."""
+        batch = self._read(t)
+        if _signature(batch) != self._signature:
+            raise BatchError(
+                f"batches[{t}] is not like batches[0]: {mismatch(self.first, batch)}. "
+                "All batches need the same shapes: drop or pad the last"
+            )
+        if needs_index(self.z):
+            self._check_index(t, batch["index"])
+        return batch
+
+    def segment(self, start: int, length: int) -> PyTree:
+        """Batches of steps start, start + 1, ..., stacked along a new first axis."""
+        batches = [self[t] for t in range(start, start + length)]
+        return jax.tree.map(_stack, *batches)
+
+    def _read(self, t: int) -> PyTree:
+        batch = jax.tree.map(_copy, self.batches[t])
+        if needs_index(self.z) and not (isinstance(batch, dict) and "index" in batch):
+            raise BatchError(
+                f'z has PerExample leaves, but batches[{t}] has no "index": add the ids of its examples as int[batch]'
+            )
+        return batch
+
+    def _check_index(self, t: int, index: Any) -> None:
+        ids = np.asarray(index)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise BatchError(f'batches[{t}]["index"] must be a vector of integers, got {ids.dtype}{list(ids.shape)}')
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+        if low < 0 or (self.bound is not None and high >= self.bound):
+            raise BatchError(
+                f'batches[{t}]["index"] holds {low if low < 0 else high}, outside [0, {self.bound}) of the PerExample '
+                "leaves of z"
+            )

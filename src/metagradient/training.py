@@ -1,0 +1,125 @@
+"""`Training`: one object that drives training, replay, the traced step and every probe, so that none can disagree."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagradient.errors import StructureError
+from metagradient.metaparameters import needs_index, slices, wrapped
+from metagradient.step.from_loss import LossStep, TrainState
+from metagradient.step.rule import Rule, WrittenStep
+from metagradient.trees import PyTree, strong
+
+__all__ = ["Batches", "TrainState", "Training"]
+
+
+class Batches(Protocol):
+    """A random-access sequence of batches: the same pytree of arrays at every read of the same step."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, t: int, /) -> PyTree: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A training run: where it starts, how it steps, and on what.
+
+    Arguments:
+        init: `z -> state`, or the state itself where the start doesn't depend on z. A state is any pytree of arrays
+            and holds everything that evolves: parameters, moments, statistics, PRNG keys, counters.
+        step: `(state, batch, z_t) -> state`, pure and jit-able. `z_t` has the structure of z with bare arrays:
+            `Shared` whole, `PerStep` its t-th entry, `PerExample` the rows of `batch["index"]`.
+        batches: random-access sequence; `len(batches)` is T, `batches[t]` a pytree of arrays of the same shapes and
+            dtypes for every t, equal at every read.
+        allow_low_precision: let the step compute in half precision, or with lowered matmul precision. Metagradients
+            are then often noise.
+
+    A hand-written step is differentiated whole, reverse over reverse. `Training.from_loss` gives a faster and smaller
+    adjoint wherever the step is a loss gradient and an optimiser.
+
+    >>> import jax.numpy as jnp, metagradient as mg
+    >>> decay = lambda state, batch, z: state * (1 - z["rate"])
+    >>> training = mg.Training(jnp.ones(3), decay, [{}] * 10)
+    >>> z = {"rate": mg.PerStep(jnp.full(10, 0.1))}
+    >>> value, gradient = mg.value_and_metagrad(training, lambda state, z: state.sum())(z)
+    >>> gradient["rate"].value.shape
+    (10,)
+    """
+
+    init: Any
+    step: Callable[[PyTree, PyTree, PyTree], PyTree]
+    batches: Batches
+    allow_low_precision: bool = field(default=False, kw_only=True)
+
+    @classmethod
+    def from_loss(
+        cls,
+        loss: Callable[..., Any],
+        optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+        init: Any,
+        batches: Batches,
+        *,
+        microbatches: int = 1,
+        has_model_state: bool = False,
+        per_example: bool = False,
+        allow_low_precision: bool = False,
+    ) -> Self:
+        """A run that steps an optax optimiser along a loss gradient; its state is a `TrainState`.
+
+        Arguments:
+            loss: `(params, batch, z_t) -> scalar`, the mean over the batch. With `has_model_state`:
+                `(params, model_state, batch, z_t) -> (scalar, model_state)`. With `per_example`, a vector, one loss an
+                example, in the scalar's place; the step's loss is their mean.
+            optimizer: an optax transformation, or `z_t -> one`, so that its settings can be metaparameters. Build it
+                once, outside any function of a seed: a new object means a new compilation.
+            init: params; with `has_model_state`, `(params, model_state)`; or `z -> either`.
+            batches: as in `Training`.
+            microbatches: m >= 1; the loss is called on m equal slices of the batch and results averaged (losses,
+                gradients, floating model state). The numbers are those of m = 1 wherever the loss is a mean over
+                examples; the memory is that of a slice. Leaves of the batch without an axis go whole to every slice.
+            has_model_state: the loss carries batch-norm statistics, keys or counters.
+            per_example: the loss returns one loss an example.
+            allow_low_precision: as in `Training`.
+
+        Errors: `StructureError` for parameters that are not floating, or a batch that m doesn't divide.
+
+        Cost: a step's adjoint is one gradient and one tangent of it, about three plain steps in matrix products.
+        """
+        if microbatches < 1:
+            raise StructureError(f"microbatches must be at least 1, got {microbatches}")
+        step = LossStep(loss, optimizer, microbatches, has_model_state, per_example)
+
+        def start(z: PyTree) -> TrainState:
+            given = init(z) if is_function(init) else init
+            params, model_state = given if has_model_state else (given, None)
+            first = None
+            if not isinstance(optimizer, optax.GradientTransformation):
+                first = slices(wrapped(z), jnp.zeros((), jnp.int32), batches[0]["index"] if needs_index(z) else None)
+            return step.initial(strong(params), strong(model_state), first)
+
+        fixed = not is_function(init) and isinstance(optimizer, optax.GradientTransformation)
+        return cls(start(None) if fixed else start, step, batches, allow_low_precision=allow_low_precision)
+
+    @property
+    def rule(self) -> Rule:
+        """The step together with its adjoint."""
+        return self.step if isinstance(self.step, LossStep) else WrittenStep(self.step)
+
+    @property
+    def starts_from_z(self) -> bool:
+        """Whether the initial state may depend on the metaparameters."""
+        return is_function(self.init)
+
+    def initial(self, z: PyTree) -> PyTree:
+        """The state before the first step, with strongly typed leaves."""
+        return strong(self.init(z) if self.starts_from_z else self.init)
+
+
+def is_function(init: Any) -> bool:
+    """Whether `init` is `z -> state`, and not a pytree that happens to be callable (an equinox module)."""
+    return callable(init) and jax.tree.leaves(init) == [init]
