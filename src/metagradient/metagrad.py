@@ -264,7 +264,7 @@ def _check_finite_value(value: jax.Array) -> None:
 @contextmanager
 def _full_precision(allow_low_precision: bool) -> Iterator[None]:
     """Matrix products in full precision, which on accelerators isn't the default."""
-    asked = jax.config.jax_default_matmul_precision
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if allow_low_precision or asked in _PRECISE:
         yield
     elif asked is not None:
@@ -285,9 +285,9 @@ class _Compiling:
 def _compile_seconds() -> Iterator[_Compiling]:
     spent = _Compiling()
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE:
-            spent.seconds += seconds
+            spent.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -113,10 +113,12 @@ class PerExample(_Kind):
         return None if self._rows is None else self._rows.ids
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """The value is the only leaf; rows belong to the structure."""
         return ((jax.tree_util.GetAttrKey("value"), self.value),), self._rows
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any]) -> Self:
+        """Inverse of `tree_flatten_with_keys`."""
         # The structure may hold anything (a tree of None, of shapes, of vmapped axes): no checks here.
         self = object.__new__(cls)
         object.__setattr__(self, "value", children[0])
@@ -149,7 +151,7 @@ def canonical(z: PyTree) -> PyTree:
     for path, leaf in jax.tree.flatten_with_path(z)[0]:
         if not is_floating(leaf):
             raise StructureError(
-                f"z{jax.tree_util.keystr(path)} is {leaf.dtype}: a metaparameter must be floating, or it has no gradient"
+                f"z{jax.tree_util.keystr(path)} is {leaf.dtype}: a metaparameter must be floating to have a gradient"
             )
     return z
 

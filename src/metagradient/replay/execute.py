@@ -185,8 +185,8 @@ def _remedy(after: PyTree) -> str:
             "infinite there: give Adam an eps_root (1e-8 or more; larger is smoother)"
         )
     return (
-        "The step is finite but its derivative isn't: look for a root, norm, log or division at zero in the loss or the "
-        "optimiser; Adam needs eps_root > 0"
+        "The step is finite but its derivative isn't: look for a root, norm, log or division at zero in the loss or "
+        "the optimiser; Adam needs eps_root > 0"
     )
 
 

@@ -11,9 +11,17 @@ from metagradient.trees import PyTree, is_key, nbytes
 class Store(Protocol):
     """Where states of one tier are kept, by boundary number."""
 
-    def save(self, at: int, state: PyTree) -> None: ...
-    def restore(self, at: int) -> PyTree: ...
-    def drop(self, at: int) -> None: ...
+    def save(self, at: int, state: PyTree) -> None:
+        """Keep `state` for boundary `at`."""
+        ...
+
+    def restore(self, at: int) -> PyTree:
+        """The state of boundary `at`, on its devices."""
+        ...
+
+    def drop(self, at: int) -> None:
+        """Free boundary `at`."""
+        ...
 
 
 class DeviceStore:

@@ -95,8 +95,8 @@ def _check_precision(state: PyTree, closed: Any) -> None:
     for path, leaf in paths(state):
         if is_floating(leaf) and leaf.dtype.itemsize < 4:
             raise PrecisionError(
-                f"state leaf {path} is {leaf.dtype}: metagradients in half precision are noise. Keep states in float32, "
-                "or pass allow_low_precision=True"
+                f"state leaf {path} is {leaf.dtype}: metagradients in half precision are noise. Keep states in "
+                "float32, or pass allow_low_precision=True"
             )
     low = lowered_precision(closed)
     if low:

@@ -26,8 +26,9 @@ class Segment:
         length: steps between two boundaries of the run, at least 1.
         loop: "scan", one program that loops over the steps; "unroll", one program that writes them out; "steps", a
             program of one step, called from Python.
-        keep: what a step built by `Training.from_loss` leaves to its adjoint: "state" alone, or its loss "gradient" too,
-            which the adjoint then needn't compute again. One parameter-sized array more for every step of a segment.
+        keep: what a step built by `Training.from_loss` leaves to its adjoint: "state" alone, or its loss "gradient"
+            too, which the adjoint then needn't compute again: one more array of the parameters' size for every step of
+            a segment.
         unroll_microbatches: write micro-batches out instead of looping over them.
 
     Which loop is fastest is a property of the training and the machine: a scan saves the dispatch of small steps, and
@@ -207,13 +208,11 @@ class Runner:
 
     def batches(self, i: int) -> Any:
         """Batches of segment i: stacked for a compiled loop, a list for single steps. Holds the last one read."""
-        if not self.holds(i):
+        if self._loaded is None or not self.holds(i):
             steps = self.steps(i)
-            loop = self.segment.loop != "steps"
-            self._loaded = (
-                i,
-                self.feed.segment(steps.start, len(steps)) if loop else [self.feed[t] for t in steps],
-            )
+            single = self.segment.loop == "steps"
+            read = [self.feed[t] for t in steps] if single else self.feed.segment(steps.start, len(steps))
+            self._loaded = i, read
         return self._loaded[1]
 
     def forget(self) -> None:

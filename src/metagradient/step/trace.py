@@ -112,7 +112,8 @@ def lowered_precision(closed: core.ClosedJaxpr) -> str | None:
 
 
 def _low(eqn: core.JaxprEqn) -> bool:
-    if eqn.outvars[0].aval.dtype == jnp.float64 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    dtype = eqn.params["preferred_element_type"] or jnp.float32
+    if dtype == jnp.float64 or not jnp.issubdtype(dtype, jnp.floating):
         return False
     precision = eqn.params["precision"]
     if isinstance(precision, lax.DotAlgorithmPreset):
