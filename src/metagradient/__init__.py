@@ -1,13 +1,17 @@
 """Exact gradients through whole training runs, in bounded memory, on JAX."""
 
 from metagradient import errors, schedule
-from metagradient.metagrad import Metagradient, Stats, train, value_and_metagrad
+from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
 from metagradient.objectives import mean_over
+from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
+from metagradient.verify import CheckReport, check
 
 __all__ = [
+    "CheckReport",
+    "Evaluation",
     "Metagradient",
     "PerExample",
     "PerStep",
@@ -16,6 +20,7 @@ __all__ = [
     "Stats",
     "TrainState",
     "Training",
+    "check",
     "errors",
     "mean_over",
     "schedule",

@@ -1,7 +1,6 @@
 """`value_and_metagrad`: the gradient of an objective of a whole training run, by REPLAY."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
@@ -9,24 +8,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metagradient.errors import NonFiniteError, PrecisionError, StructureError
+from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metaparameters import canonical, like, wrapped
 from metagradient.objectives import check_objective, value_and_pull_back
 from metagradient.progress import Progress
-from metagradient.replay.execute import Traversal, check_repeats
+from metagradient.replay.execute import Traversal
 from metagradient.replay.fingerprint import NotFinite, Watch
 from metagradient.replay.plan import affordable
 from metagradient.replay.schedule import Schedule, simulate
-from metagradient.step.choose import choose
-from metagradient.step.contract import Contract, check_steps
-from metagradient.step.feed import Feed
+from metagradient.run import Run, full_precision
+from metagradient.step.compilation import compile_seconds
 from metagradient.step.rule import Cotangent
-from metagradient.step.segment import Runner, Segment
+from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, floating, nbytes, paths
-
-_COMPILE = "/jax/core/compile/backend_compile_duration"
-_PRECISE = ("highest", "float32")
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,24 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings and dictionaries."""
-        return {**asdict(replace(self)), "schedule": repr(self.schedule)}
+        return {**asdict(self), "schedule": repr(self.schedule)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One metagradient.
+
+    Arguments:
+        value: the objective's value.
+        grad: its gradient, in the structure and types of z.
+        stats: what it took.
+        state: the final state, which the objective read.
+    """
+
+    value: jax.Array
+    grad: PyTree
+    stats: Stats
+    state: PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,53 +86,50 @@ class Metagradient:
 
     def __call__(self, z: PyTree) -> tuple[jax.Array, PyTree]:
         """Value of the objective, and its gradient in the structure of z."""
-        return self.with_stats(z)[:2]
+        found = self.evaluate(z)
+        return found.value, found.grad
 
     def with_stats(self, z: PyTree) -> tuple[jax.Array, PyTree, Stats]:
         """Value, gradient, and what they took."""
-        with _full_precision(self.training.allow_low_precision), _compile_seconds() as compiling:
-            start = perf_counter()
+        found = self.evaluate(z)
+        return found.value, found.grad, found.stats
+
+    def evaluate(self, z: PyTree) -> Evaluation:
+        """Value, gradient, what they took, and the final state."""
+        start = perf_counter()
+        with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
             z = canonical(z)
-            run = _Prepared.of(self.training, z, self._chosen.get("segment", self.segment), self.window)
+            run = Run.prepared(self.training, z, self._chosen.get("segment", self.segment), self.window)
             check_objective(self.objective, self.vector, run.state, z)
             self._chosen["segment"] = run.segment
             try:
-                value, grad, traversal, schedule = self._traverse(run, z, careful=False)
+                found = self._traverse(run, z, careful=False)
             except NotFinite:
                 self._traverse(run, z, careful=True)
-                raise NonFiniteError(
-                    "a non-finite value appeared once, and not again in a careful second run"
-                ) from None
+                raise NonFiniteError("a non-finite value appeared, but not again in a careful second run") from None
             run.contract.still_holds()
-            stats = Stats(
-                traversal.runner.forward_steps,
-                traversal.runner.adjoint_steps,
-                traversal.stores.peak_states,
-                {**traversal.stores.peak_bytes, "segment": traversal.peak_kept_bytes},
-                perf_counter() - start,
-                compiling.seconds,
-                run.segment,
-                schedule,
-            )
-        return value, grad, stats
+        stats = replace(found.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
+        return replace(found, stats=stats)
 
-    def _traverse(self, run: "_Prepared", z: PyTree, *, careful: bool) -> tuple[Any, PyTree, Traversal, Schedule]:
+    def _traverse(self, run: Run, z: PyTree, *, careful: bool) -> Evaluation:
         runner = run.runner(self.vector)
         schedule = self.schedule or affordable(len(runner), run.segment, nbytes(run.state))
-        if self.verify:
-            check_repeats(run.runner(), run.state, Watch(True))
+        final: list[PyTree] = []
+
+        def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
+            final.append(state)
+            value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
+            if not bool(jnp.isfinite(value).all()):
+                raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
+            return value, cotangent, wrapped(total)
+
         with Progress(self.progress) as progress:
             cost = simulate(schedule, len(runner))
-            length = run.segment.length
-            progress.expect("forward", (runner.before + cost.advances + cost.keeps) * length)
-            progress.expect("adjoint", len(runner) * length)
-
-            def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
-                value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
-                _check_finite_value(value)
-                return value, cotangent, wrapped(total)
-
+            progress.expect("forward", (runner.before + cost.advances + cost.keeps) * run.segment.length)
+            progress.expect("adjoint", len(runner) * run.segment.length)
             traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, careful)
+            if self.verify:
+                traversal.rehearse(run.state)
             state = traversal.first_run(run.state)
             value, cotangent, total = traversal.run(schedule.actions(len(runner)), state)
         grad = like(z, total)
@@ -128,13 +137,8 @@ class Metagradient:
             _, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
             (start,) = jax.vmap(vjp)(cotangent) if self.vector else vjp(cotangent)
             grad = jax.tree.map(jnp.add, grad, start)
-        for path, leaf in paths(grad):
-            if not bool(jnp.isfinite(leaf).all()):
-                raise NonFiniteError(
-                    f"the gradient of z{path} is not finite, though every state's cotangent was: look at how the step "
-                    "uses it (a root, log or division at zero)"
-                )
-        return value, grad, traversal, schedule
+        _check_finite(grad)
+        return Evaluation(value, grad, _stats(traversal, run.segment, schedule), final[0])
 
 
 def value_and_metagrad(
@@ -197,100 +201,23 @@ def value_and_metagrad(
     return Metagradient(training, objective, schedule, segment, window, vector, verify == "boundaries", progress)
 
 
-def train(training: Training, z: PyTree, *, segment: Segment | int | None = None, progress: bool = False) -> PyTree:
-    """Run a training, and return its final state: the bits that `value_and_metagrad` passes through.
-
-    Arguments:
-        training: the run.
-        z: metaparameters.
-        segment: as in `value_and_metagrad`; None takes single steps, which need no measuring.
-        progress: show a progress bar.
-
-    Errors: those of `value_and_metagrad` that concern a run.
-
-    Cost: T steps, and the memory of two states.
-
-    >>> import jax.numpy as jnp, metagradient as mg
-    >>> training = mg.Training(jnp.ones(()), lambda state, batch, z: state * z, [{}] * 3)
-    >>> float(mg.train(training, jnp.asarray(0.5)))
-    0.125
-    """
-    with _full_precision(training.allow_low_precision):
-        z = canonical(z)
-        run = _Prepared.of(training, z, segment or Segment(1, "steps", "state"), None)
-        runner, state = run.runner(), run.state
-        with Progress(progress) as bar:
-            bar.expect("forward", len(training.batches))
-            for i in range(len(runner)):
-                state = runner.advance(i, state)
-                bar.tick("forward", len(runner.steps(i)))
-    return state
+def _check_finite(grad: PyTree) -> None:
+    for path, leaf in paths(grad):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise NonFiniteError(
+                f"the gradient of z{path} is not finite, though every state's cotangent was: look at how the step uses "
+                "it (a root, log or division at zero)"
+            )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A run that has passed every check that costs no training."""
-
-    training: Training
-    feed: Feed
-    state: PyTree
-    contract: Contract
-    segment: Segment
-    begin: int
-
-    @classmethod
-    def of(cls, training: Training, z: PyTree, segment: Segment | int | None, window: int | None) -> "_Prepared":
-        steps = len(training.batches)
-        if window is not None and not 1 <= window <= max(1, steps):
-            raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
-        kinds = wrapped(z)
-        feed = Feed(training.batches, kinds)
-        feed.check()
-        check_steps(kinds, steps)
-        state = training.initial(z)
-        contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
-        begin = 0 if window is None else steps - window
-        return cls(training, feed, state, contract, choose(training.rule, segment, feed, kinds, state, begin), begin)
-
-    def runner(self, queries: bool = False) -> Runner:
-        return Runner(self.training.rule, self.segment, self.feed, self.feed.z, queries, self.begin)
-
-
-def _check_finite_value(value: jax.Array) -> None:
-    if not bool(jnp.isfinite(value).all()):
-        raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
-
-
-@contextmanager
-def _full_precision(allow_low_precision: bool) -> Iterator[None]:
-    """Matrix products in full precision, which on accelerators isn't the default."""
-    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    if allow_low_precision or asked in _PRECISE:
-        yield
-    elif asked is not None:
-        raise PrecisionError(
-            f"jax_default_matmul_precision is {asked!r}: metagradients in lowered precision are often noise. Set it to "
-            "'highest', or pass allow_low_precision=True"
-        )
-    else:
-        with jax.default_matmul_precision("highest"):
-            yield
-
-
-class _Compiling:
-    seconds = 0.0
-
-
-@contextmanager
-def _compile_seconds() -> Iterator[_Compiling]:
-    spent = _Compiling()
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILE:
-            spent.seconds += duration_secs
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield spent
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def _stats(traversal: Traversal, segment: Segment, schedule: Schedule) -> Stats:
+    return Stats(
+        forward_steps=traversal.runner.forward_steps,
+        adjoint_steps=traversal.runner.adjoint_steps,
+        peak_states=traversal.stores.peak_states,
+        peak_bytes={**traversal.stores.peak_bytes, "segment": traversal.peak_kept_bytes},
+        seconds=0.0,
+        compile_seconds=0.0,
+        segment=segment,
+        schedule=schedule,
+    )

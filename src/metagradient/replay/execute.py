@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.errors import NonFiniteError
-from metagradient.replay.fingerprint import NotFinite, Watch
+from metagradient.replay.fingerprint import Watch
 from metagradient.replay.schedule import Action, Advance, Drop, Keep, PullBack, Restore, Save
 from metagradient.replay.store import Stores
 from metagradient.step.rule import Cotangent
@@ -42,6 +42,16 @@ class Traversal:
     careful: bool = False
     stores: Stores = field(default_factory=Stores)
     peak_kept_bytes: int = 0
+
+    def rehearse(self, state: PyTree) -> None:
+        """Walk the first segment once more than needed, so that the run proper is compared with it.
+
+        A schedule that keeps every state never replays, and would not notice a step that draws on something outside
+        its arguments.
+        """
+        first = -self.runner.before
+        self.watch.state(self.runner.steps(first).stop, self.runner.advance(first, state))
+        self.runner.forget()
 
     def first_run(self, state: PyTree) -> PyTree:
         """Advance through the segments before those that are differentiated."""
@@ -130,17 +140,6 @@ class Traversal:
         self.watch.state(steps.stop, end)
 
 
-def check_repeats(runner: Runner, state: PyTree, watch: Watch) -> None:
-    """Run the first segment twice, and compare: catches a step that draws on something outside its arguments.
-
-    A schedule that keeps every state never replays, and would not notice. Cost: two segments.
-    """
-    i = -runner.before
-    for _ in range(2):
-        watch.state(runner.steps(i).stop, runner.advance(i, state))
-    watch.settle()
-
-
 def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:
     """Step through segment i, and say where a state first holds something not finite."""
     for t, batch in _single_steps(runner, i):
@@ -210,6 +209,3 @@ def _constant(state: PyTree) -> Callable[[], PyTree]:
 
 def _nothing() -> PyTree:
     raise AssertionError("the schedule reads a working state that the pull-back has used")
-
-
-__all__ = ["NotFinite", "Traversal", "check_repeats"]

@@ -1,0 +1,106 @@
+"""A run that has passed every check which costs no training, and plain training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+
+from metagradient.errors import PrecisionError, StructureError
+from metagradient.metaparameters import canonical, wrapped
+from metagradient.progress import Progress
+from metagradient.step.choose import choose
+from metagradient.step.contract import Contract, check_steps
+from metagradient.step.feed import Feed
+from metagradient.step.segment import Runner, Segment
+from metagradient.training import Training
+from metagradient.trees import PyTree
+
+_PRECISE = ("highest", "float32")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training at one z, checked and ready to be walked.
+
+    Arguments:
+        training: the training.
+        feed: its batches.
+        state: its initial state.
+        contract: its step, traced.
+        segment: how steps are compiled.
+        begin: first differentiated step.
+    """
+
+    training: Training
+    feed: Feed
+    state: PyTree
+    contract: Contract
+    segment: Segment
+    begin: int
+
+    @classmethod
+    def prepared(cls, training: Training, z: PyTree, segment: Segment | int | None, window: int | None) -> Self:
+        """Check everything that can be known before compute is spent; `z` is canonical."""
+        steps = len(training.batches)
+        kinds = wrapped(z)
+        feed = Feed(training.batches, kinds)
+        feed.check()
+        if window is not None and not 1 <= window <= steps:
+            raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
+        check_steps(kinds, steps)
+        state = training.initial(z)
+        contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
+        begin = 0 if window is None else steps - window
+        return cls(training, feed, state, contract, choose(training.rule, segment, feed, kinds, state, begin), begin)
+
+    def runner(self, queries: bool = False) -> Runner:
+        """A walker at the start of the run."""
+        return Runner(self.training.rule, self.segment, self.feed, self.feed.z, queries, self.begin)
+
+
+def train(training: Training, z: PyTree, *, segment: Segment | int | None = None, progress: bool = False) -> PyTree:
+    """Run a training, and return its final state: the bits that `value_and_metagrad` passes through.
+
+    Arguments:
+        training: the run.
+        z: metaparameters.
+        segment: as in `value_and_metagrad`; None takes single steps, which need no measuring.
+        progress: show a progress bar.
+
+    Errors: those of `value_and_metagrad` that concern a run.
+
+    Cost: T steps, and the memory of two states.
+
+    >>> import jax.numpy as jnp, metagradient as mg
+    >>> training = mg.Training(jnp.ones(()), lambda state, batch, z: state * z, [{}] * 3)
+    >>> float(mg.train(training, jnp.asarray(0.5)))
+    0.125
+    """
+    with full_precision(training.allow_low_precision):
+        z = canonical(z)
+        run = Run.prepared(training, z, segment or Segment(1, "steps", "state"), None)
+        runner, state = run.runner(), run.state
+        with Progress(progress) as bar:
+            bar.expect("forward", len(training.batches))
+            for i in range(len(runner)):
+                state = runner.advance(i, state)
+                bar.tick("forward", len(runner.steps(i)))
+    return state
+
+
+@contextmanager
+def full_precision(allow_low_precision: bool) -> Iterator[None]:
+    """Matrix products in full precision, which on accelerators isn't the default."""
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if allow_low_precision or asked in _PRECISE:
+        yield
+    elif asked is not None:
+        raise PrecisionError(
+            f"jax_default_matmul_precision is {asked!r}: metagradients in lowered precision are often noise. Set it to "
+            "'highest', or pass allow_low_precision=True"
+        )
+    else:
+        with jax.default_matmul_precision("highest"):
+            yield
