@@ -1,6 +1,7 @@
 """Exact gradients through whole training runs, in bounded memory, on JAX."""
 
-from metagradient import errors, schedule
+from metagradient import errors, schedule, updates
+from metagradient.descent.loop import MetaStep, descend
 from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
 from metagradient.objectives import mean_over
@@ -12,6 +13,7 @@ from metagradient.verify import CheckReport, check
 __all__ = [
     "CheckReport",
     "Evaluation",
+    "MetaStep",
     "Metagradient",
     "PerExample",
     "PerStep",
@@ -21,9 +23,11 @@ __all__ = [
     "TrainState",
     "Training",
     "check",
+    "descend",
     "errors",
     "mean_over",
     "schedule",
     "train",
+    "updates",
     "value_and_metagrad",
 ]

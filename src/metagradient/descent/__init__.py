@@ -1,0 +1,1 @@
+"""Metagradient descent: the loop over meta-steps, and the updates that it takes."""
