@@ -31,3 +31,7 @@ class ReplayMismatch(MetagradientError, RuntimeError):
 
 class NonFiniteError(MetagradientError, FloatingPointError):
     """A NaN or infinity appeared in the run or in its adjoint."""
+
+
+class ConfigError(MetagradientError, ValueError):
+    """A command's configuration, or its run directory, can't be used."""

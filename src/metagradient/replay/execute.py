@@ -42,6 +42,7 @@ class Traversal:
     careful: bool = False
     stores: Stores = field(default_factory=Stores)
     peak_kept_bytes: int = 0
+    _kept_bytes: int = 0
 
     def rehearse(self, state: PyTree) -> None:
         """Walk the first segment once more than needed, so that the run proper is compared with it.
@@ -86,13 +87,15 @@ class Traversal:
                     self.stores.drop(at)
                 case Keep(segment):
                     kept[segment], working = self._keep(segment, working())
-                    self.peak_kept_bytes = max(self.peak_kept_bytes, sum(nbytes(k) for k in kept.values()))
+                    self._kept_bytes += nbytes(kept[segment])
+                    self.peak_kept_bytes = max(self.peak_kept_bytes, self._kept_bytes)
                 case PullBack(segment):
                     if result is None:
                         value, cotangent, total = self.begin(working())
                         result = value, cotangent, total
                         working = _nothing
                     value, cotangent, total = result
+                    self._kept_bytes -= nbytes(kept[segment])
                     cotangent, total = self._pull(segment, kept.pop(segment), cotangent, total)
                     result = value, cotangent, total
         assert result is not None

@@ -95,6 +95,7 @@ class Stores:
     def __init__(self) -> None:
         self._tiers: dict[str, Store] = {}
         self._where: dict[int, tuple[str, int]] = {}
+        self._held: dict[str, tuple[int, int]] = {}
         self.peak_states: dict[str, int] = {}
         self.peak_bytes: dict[str, int] = {}
 
@@ -102,9 +103,7 @@ class Stores:
         """Keep `state` for boundary `at` in a tier."""
         self._tiers.setdefault(tier, _STORES[tier]()).save(at, state)
         self._where[at] = tier, nbytes(state)
-        held = [size for where, size in self._where.values() if where == tier]
-        self.peak_states[tier] = max(self.peak_states.get(tier, 0), len(held))
-        self.peak_bytes[tier] = max(self.peak_bytes.get(tier, 0), sum(held))
+        self._count(tier, 1, nbytes(state))
 
     def restore(self, at: int) -> PyTree:
         """The state of boundary `at`."""
@@ -112,4 +111,12 @@ class Stores:
 
     def drop(self, at: int) -> None:
         """Free boundary `at`."""
-        self._tiers[self._where.pop(at)[0]].drop(at)
+        tier, size = self._where.pop(at)
+        self._tiers[tier].drop(at)
+        self._count(tier, -1, -size)
+
+    def _count(self, tier: str, states: int, size: int) -> None:
+        held, full = self._held.get(tier, (0, 0))
+        self._held[tier] = held + states, full + size
+        self.peak_states[tier] = max(self.peak_states.get(tier, 0), held + states)
+        self.peak_bytes[tier] = max(self.peak_bytes.get(tier, 0), full + size)

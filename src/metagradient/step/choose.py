@@ -16,6 +16,7 @@ from metagradient.trees import PyTree, floating, zeros
 _REPEATS = 3
 # A compiled loop can save the dispatch of its steps. It is tried where that is a share of a step worth having, and
 # where it could pay for its compilation over some tens of metagradients.
+_PROGRAMS_A_STEP = 5
 _DISPATCH_SHARE = 0.03
 _SECONDS_A_METAGRADIENT = 0.02
 _LONGEST = 32
@@ -55,7 +56,7 @@ def choose(rule: Rule, segment: Segment | int | None, feed: Feed, z: PyTree, sta
     stepping = replace(one, length=segment or 1)
     if length == 1:
         return stepping
-    dispatch = 2 * _dispatch_seconds(feed, z, state)
+    dispatch = _PROGRAMS_A_STEP * _dispatch_seconds(feed, z, state)
     baseline = seconds(one)
     if dispatch < _DISPATCH_SHARE * baseline or (segment is None and dispatch * steps < _SECONDS_A_METAGRADIENT):
         return stepping

@@ -41,14 +41,13 @@ class Contract:
             index = batch["index"] if needs_index(z) else None
             return rule.advance(state, batch, slices(z, jnp.int32(0), index))[0]
 
-        self._retrace: Callable[[], Any] = lambda: trace(step, *arguments)
+        self._retrace: Callable[[], Any] = lambda: trace(step, *arguments)[0]
         if not jax.tree.leaves(state):
             raise StructureError("the initial state has no leaves: there is nothing to train")
-        after = jax.eval_shape(lambda *xs: step(*xs), *arguments)
+        closed, after = trace(step, *arguments)
         problem = mismatch(state, after)
         if problem:
             raise StructureError(f"the step must return a state like the one it got, but {problem}")
-        closed = self._retrace()
         if not allow_low_precision:
             _check_precision(state, closed)
         leaves, treedef = jax.tree.flatten(arguments)

@@ -118,7 +118,7 @@ class LossStep:
         """A gradient is worth keeping where XLA can't merge the adjoint's own copy of it."""
         if self.microbatches > 1:
             return "gradient", (False, True)
-        closed = trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)
+        closed, _ = trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)
         return ("gradient" if has_loops(closed) else "state"), (False,)
 
     def _optimizer(self, z: PyTree) -> optax.GradientTransformation:

@@ -12,14 +12,19 @@ from jax import lax
 from jax.extend import core
 from jax.extend.source_info_util import summarize
 
+from metagradient.trees import PyTree
+
 _HALF = ("float16", "bfloat16", "float8", "float4")
 _MATMUL = ("dot_general", "conv_general_dilated")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def trace(function: Callable[..., Any], *arguments: Any) -> core.ClosedJaxpr:
-    """Trace `function` afresh, past every cache that is keyed on the function itself."""
-    return jax.make_jaxpr(lambda *xs: function(*xs))(*arguments)
+def trace(function: Callable[..., Any], *arguments: Any) -> tuple[core.ClosedJaxpr, PyTree]:
+    """Trace `function` afresh, past every cache that is keyed on the function itself.
+
+    Returns: the program, and the shapes and dtypes that it returns.
+    """
+    return jax.make_jaxpr(lambda *xs: function(*xs), return_shape=True)(*arguments)
 
 
 def _inner(value: Any) -> Iterator[core.Jaxpr]:

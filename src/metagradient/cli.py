@@ -1,0 +1,104 @@
+"""The command line: `metagradient demo`, ..."""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+
+from metagradient.errors import ConfigError, MetagradientError
+
+_CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code (2 for input that can't be used)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = _commands()
+    if not arguments or arguments[0] not in commands:
+        print(_usage(commands), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
+        return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
+    name, *rest = arguments
+    config, run = commands[name]()
+    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    try:
+        run(parse(name, config, rest))
+    except MetagradientError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        return 2
+    return 0
+
+
+def parse(command: str, config: Any, arguments: Sequence[str]) -> Any:
+    """A command's configuration: its defaults, then a preset's or a file's values, then flags.
+
+    Arguments:
+        command: its name.
+        config: its configuration's defaults, a dataclass.
+        arguments: what follows the command.
+
+    Errors: `ConfigError` for a preset or file that is absent, or holds a setting that the command hasn't.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--config", type=Path)
+    given, rest = first.parse_known_args(arguments)
+    if given.preset:
+        config = _with_values(config, _preset(command, given.preset), f"preset {given.preset}")
+    if given.config:
+        if not given.config.is_file():
+            raise ConfigError(f"--config {given.config}: no such file")
+        config = _with_values(config, tomllib.loads(given.config.read_text()), str(given.config))
+    return tyro.cli(
+        type(config),
+        args=rest,
+        default=config,
+        prog=f"metagradient {command}",
+        description=f"{type(config).__doc__}\n\nAlso: --preset NAME ({', '.join(_presets(command))}), --config FILE.toml",
+    )
+
+
+def _commands() -> dict[str, Callable[[], tuple[Any, Callable[[Any], None]]]]:
+    """Commands by name; each imports what it needs when it is called."""
+
+    def demo() -> tuple[Any, Callable[[Any], None]]:
+        from metagradient.tasks.label_noise import LabelNoise, run
+
+        return LabelNoise(), run
+
+    return {"demo": demo}
+
+
+def _usage(commands: dict[str, Any]) -> str:
+    return (
+        "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n\n"
+        f"commands: {', '.join(commands)}; metagradient COMMAND --help lists a command's settings"
+    )
+
+
+def _presets(command: str) -> list[str]:
+    folder = files("metagradient") / "presets" / command
+    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def _preset(command: str, name: str) -> dict[str, Any]:
+    if name not in _presets(command):
+        raise ConfigError(f"{command} has no preset {name!r}; there are {', '.join(_presets(command)) or 'none'}")
+    return tomllib.loads((files("metagradient") / "presets" / command / f"{name}.toml").read_text())
+
+
+def _with_values(config: Any, values: dict[str, Any], source: str) -> Any:
+    known = {f.name: f for f in fields(config)}
+    strange = sorted(set(values) - set(known))
+    if strange:
+        raise ConfigError(f"{source}: unknown setting {', '.join(strange)}; known are {', '.join(known)}")
+    paths = {k: Path(v) for k, v in values.items() if "Path" in str(known[k].type)}
+    return replace(config, **{**values, **paths})

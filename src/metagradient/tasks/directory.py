@@ -1,0 +1,64 @@
+"""The directory of a run: its configuration, a record a meta-step, its figures, its report."""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from platform import platform, python_version
+from typing import Any
+
+import jax
+import tomli_w
+
+from metagradient.errors import ConfigError
+
+
+class RunDirectory:
+    """Where a run leaves what it found: `config.toml`, `records.jsonl`, `result.json`, `report.html`.
+
+    Arguments:
+        path: the directory; made where absent.
+        config: a dataclass; written as a file that `--config` reads back.
+
+    Errors: `ConfigError` where the directory holds a run already.
+    """
+
+    def __init__(self, path: Path, config: Any):
+        if (path / "config.toml").exists():
+            raise ConfigError(f"{path} holds a run already: choose another --out, or delete it")
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if v is not None}
+        (path / "config.toml").write_text(tomli_w.dumps(plain))
+        self.config = plain
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def record(self, **values: Any) -> None:
+        """Append a line to `records.jsonl`."""
+        with (self / "records.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def result(self, values: dict[str, Any]) -> None:
+        """Write the run's figures, a flat dictionary, to `result.json`."""
+        (self / "result.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def free_directory(name: str) -> Path:
+    """The first of runs/name, runs/name-2, ... that holds no run."""
+    first = Path("runs") / name
+    number = 1
+    while (first.with_name(f"{name}-{number}") if number > 1 else first).exists():
+        number += 1
+    return first.with_name(f"{name}-{number}") if number > 1 else first
+
+
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    return {
+        "python": python_version(),
+        **{name: version(name) for name in ("metagradient", "jax", "optax", "numpy")},
+        "platform": platform(terse=True),
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    }
