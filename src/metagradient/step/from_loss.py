@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from jax import lax
 
 from metagradient.errors import StructureError
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
-from metagradient.step.adjoint import gradient_pull_back
+from metagradient.step.adjoint import Loss, gradient_pull_back, linearised_gradient
 from metagradient.step.rule import Cotangent, Keep, Rule
 from metagradient.step.trace import has_loops, trace
-from metagradient.trees import PyTree, floating, is_floating, paths
+from metagradient.trees import PyTree, add, floating, is_floating, paths
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +35,6 @@ class TrainState:
     step: jax.Array
 
 
-class _Gradient(NamedTuple):
-    """Sums over micro-batches: the loss gradient, and the new model state."""
-
-    params: PyTree
-    model_state: PyTree
-
-
 @dataclass(frozen=True)
 class LossStep:
     """The step of `Training.from_loss`. Its arguments are described there.
@@ -49,7 +42,8 @@ class LossStep:
     Arguments:
         keep: "gradient" leaves each step's gradient to its adjoint, which then doesn't compute it again. With "state"
             the adjoint computes it anew, and XLA merges that with the primal of the tangent: free, unless loops
-            (micro-batches, scanned layers) keep the two apart.
+            (micro-batches, scanned layers) keep the two apart. "linearisation" leaves the whole linearised gradient
+            (its activations), so that only a tangent is left to do; not for micro-batches.
         unroll: write micro-batches one after the other instead of as a loop.
     """
 
@@ -75,19 +69,27 @@ class LossStep:
         return TrainState(params, self._optimizer(z).init(params), model_state, jnp.zeros((), jnp.int32))
 
     def advance(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[TrainState, PyTree]:
-        """One optimiser step; keeps the loss gradient where asked."""
-        gradient = self._gradient(state, batch, z)
-        params, opt_state = self._update(state.params, state.opt_state, gradient.params, z)
-        new = TrainState(params, opt_state, gradient.model_state, state.step + 1)
-        return new, (gradient.params if self.keep == "gradient" else ())
+        """One optimiser step; leaves behind what `keep` says."""
+        if self.keep == "linearisation":
+            loss, statistics = self._floating_loss(state, batch)
+            gradient, model_state, pull_back = linearised_gradient(loss, state.params, statistics, z)
+            kept = gradient, pull_back
+        else:
+            gradient, model_state = self._gradient(state, batch, z)
+            kept = gradient if self.keep == "gradient" else ()
+        params, opt_state = self._update(state.params, state.opt_state, gradient, z)
+        return TrainState(params, opt_state, model_state, state.step + 1), kept
 
     def pull_back(
         self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
     ) -> tuple[Cotangent, PyTree]:
         """Two-stage adjoint: through the optimiser, then through the gradient, a micro-batch at a time."""
-        gradient = kept if self.keep == "gradient" else self._gradient(state, batch, z).params
+        if self.keep == "linearisation":
+            gradient, through_gradient = kept
+        else:
+            gradient = kept if self.keep == "gradient" else self._gradient(state, batch, z)[0]
+            through_gradient = None
         moments, with_moments = floating(state.opt_state)
-        statistics, with_statistics = floating(state.model_state)
         n, m = len(jax.tree.leaves(state.params)), len(moments)
         ct_params = jax.tree.unflatten(jax.tree.structure(state.params), cotangent[:n])
         ct_moments, ct_statistics = cotangent[n : n + m], cotangent[n + m :]
@@ -100,18 +102,18 @@ class LossStep:
         params_1, moments_, u, z_1 = vjp((ct_params, ct_moments))
 
         def one(batch: PyTree, z: PyTree) -> tuple[PyTree, tuple, PyTree]:
-            def loss(params: PyTree, statistics: tuple, z: PyTree) -> tuple[jax.Array, tuple]:
-                value, model_state = self._loss(params, with_statistics(statistics), batch, z)
-                return value, floating(model_state)[0]
-
-            return gradient_pull_back(loss, state.params, statistics, z, u, ct_statistics)
+            loss, statistics = self._floating_loss(state, batch)
+            pull_back = through_gradient or gradient_pull_back(loss, state.params, statistics, z)
+            return pull_back(u, ct_statistics)
 
         params_2, statistics_, z_2 = self._over_microbatches(one, batch, z)
-        total = jax.tree.map(jnp.add, params_1, params_2)
-        return (*jax.tree.leaves(total), *moments_, *statistics_), jax.tree.map(jnp.add, z_1, z_2)
+        total = add(params_1, params_2)
+        return (*jax.tree.leaves(total), *moments_, *statistics_), add(z_1, z_2)
 
     def formed(self, keep: Keep, unroll: bool) -> Rule:
-        """The same step, keeping its gradient or not, with micro-batches unrolled or looped over."""
+        """The same step in another form; `StructureError` where micro-batches rule it out."""
+        if keep == "linearisation" and self.microbatches > 1:
+            raise StructureError("micro-batches bound the memory of a step, and linearisations would keep all of it")
         return replace(self, keep=keep, unroll=unroll)
 
     def choices(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[Keep, tuple[bool, ...]]:
@@ -142,12 +144,21 @@ class LossStep:
             )
         return jnp.mean(value), model_state
 
-    def _gradient(self, state: TrainState, batch: PyTree, z: PyTree) -> _Gradient:
-        def one(batch: PyTree, z: PyTree) -> tuple[_Gradient, PyTree]:
-            gradient, model_state = jax.grad(self._loss, has_aux=True)(state.params, state.model_state, batch, z)
-            return _Gradient(gradient, model_state), ()
+    def _floating_loss(self, state: TrainState, batch: PyTree) -> tuple[Loss, tuple]:
+        """The loss as a function of floating leaves alone, and the floating leaves of the model state."""
+        statistics, with_statistics = floating(state.model_state)
 
-        return self._over_microbatches(one, batch, z)[0]
+        def loss(params: PyTree, statistics: tuple, z: PyTree) -> tuple[tuple[jax.Array, tuple], PyTree]:
+            value, model_state = self._loss(params, with_statistics(statistics), batch, z)
+            return (value, floating(model_state)[0]), model_state
+
+        return loss, statistics
+
+    def _gradient(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        def one(batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+            return jax.grad(self._loss, has_aux=True)(state.params, state.model_state, batch, z)
+
+        return self._over_microbatches(one, batch, z)
 
     def _over_microbatches(self, one: Callable[[PyTree, PyTree], Any], batch: PyTree, z: PyTree) -> Any:
         """Mean of `one(batch, z)` over equal slices; its `PerExample` leaves are joined instead of added.

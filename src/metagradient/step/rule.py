@@ -12,8 +12,8 @@ from metagradient.trees import PyTree, floating
 Cotangent: TypeAlias = tuple[jax.Array, ...]
 """Cotangents of a state: one array for each of its floating leaves, in order."""
 
-Keep: TypeAlias = Literal["state", "gradient"]
-"""What a step leaves to its adjoint: its state alone, or its loss gradient too."""
+Keep: TypeAlias = Literal["state", "gradient", "linearisation"]
+"""What a step leaves to its adjoint: its state alone, its loss gradient too, or that gradient's linearisation too."""
 
 
 class Rule(Protocol):
