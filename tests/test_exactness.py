@@ -84,6 +84,7 @@ SEGMENTS = [
     *[Segment(4, "scan", "state"), Segment(32, "scan", "gradient")],
     *[Segment(4, "unroll", "state"), Segment(3, "unroll", "gradient")],
     *[Segment(4, "steps", "state"), Segment(3, "steps", "gradient"), Segment(1, "steps", "gradient")],
+    *[Segment(3, "steps", "linearisation"), Segment(4, "scan", "linearisation")],
 ]
 
 

@@ -35,3 +35,7 @@ class NonFiniteError(MetagradientError, FloatingPointError):
 
 class ConfigError(MetagradientError, ValueError):
     """A command's configuration, or its run directory, can't be used."""
+
+
+class StoreError(MetagradientError, OSError):
+    """A stored state could not be written, read back, or fails its checksum."""

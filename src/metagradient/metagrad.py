@@ -16,6 +16,7 @@ from metagradient.replay.execute import Traversal
 from metagradient.replay.fingerprint import NotFinite, Watch
 from metagradient.replay.plan import affordable
 from metagradient.replay.schedule import Schedule, simulate
+from metagradient.replay.store import Stores
 from metagradient.run import Run, full_precision
 from metagradient.step.compilation import compile_seconds
 from metagradient.step.rule import Cotangent
@@ -123,11 +124,11 @@ class Metagradient:
                 raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
             return value, cotangent, wrapped(total)
 
-        with Progress(self.progress) as progress:
+        with Progress(self.progress) as progress, Stores() as stores:
             cost = simulate(schedule, len(runner))
             progress.expect("forward", (runner.before + cost.advances + cost.keeps) * run.segment.length)
             progress.expect("adjoint", len(runner) * run.segment.length)
-            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, careful)
+            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, careful)
             if self.verify:
                 traversal.rehearse(run.state)
             state = traversal.first_run(run.state)

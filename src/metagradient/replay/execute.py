@@ -1,7 +1,8 @@
 """The reverse traversal: a schedule's integers turned into programs, states and cotangents."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +16,8 @@ from metagradient.replay.store import Stores
 from metagradient.step.rule import Cotangent
 from metagradient.step.segment import Kept, Runner, advance_one, pull_one
 from metagradient.trees import PyTree, floating_paths, nbytes, paths
+
+_LOOK_AHEAD = 8
 
 Begin: TypeAlias = Callable[[PyTree], tuple[jax.Array, Cotangent, PyTree]]
 """`final state -> (value, cotangent of the state, cotangents of z so far)`."""
@@ -32,6 +35,7 @@ class Traversal:
         begin: the objective and its pull-back.
         watch: compares replays with the first run.
         ticker: progress.
+        stores: where boundary states go.
         careful: look for non-finite values after every segment, and say where they first appeared.
     """
 
@@ -39,8 +43,8 @@ class Traversal:
     begin: Begin
     watch: Watch
     ticker: Ticker
+    stores: Stores
     careful: bool = False
-    stores: Stores = field(default_factory=Stores)
     peak_kept_bytes: int = 0
     _kept_bytes: int = 0
 
@@ -70,7 +74,7 @@ class Traversal:
         result: tuple[Any, Cotangent, PyTree] | None = None
         # After Keep the state at the segment's end is only computed where something reads it.
         working: Callable[[], PyTree] = _constant(state)
-        for action in actions:
+        for action in self._prefetching(actions):
             match action:
                 case Advance(start, stop):
                     state = working()
@@ -101,6 +105,17 @@ class Traversal:
         assert result is not None
         self.watch.settle()
         return result
+
+    def _prefetching(self, actions: Iterable[Action]) -> Iterator[Action]:
+        """The actions, with every restore announced to the stores a few actions ahead."""
+        coming: deque[Action] = deque()
+        for action in actions:
+            if isinstance(action, Restore):
+                self.stores.prefetch(action.at)
+            coming.append(action)
+            if len(coming) > _LOOK_AHEAD:
+                yield coming.popleft()
+        yield from coming
 
     def _advance(self, i: int, state: PyTree) -> PyTree:
         self._read(i)
