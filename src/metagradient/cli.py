@@ -62,7 +62,7 @@ def parse(command: str, config: Any, arguments: Sequence[str]) -> Any:
         args=rest,
         default=config,
         prog=f"metagradient {command}",
-        description=f"{type(config).__doc__}\n\nAlso: --preset NAME ({', '.join(_presets(command))}), --config FILE.toml",
+        description=f"{type(config).__doc__}\n\n{_also(command)}",
     )
 
 
@@ -82,6 +82,10 @@ def _usage(commands: dict[str, Any]) -> str:
         "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n\n"
         f"commands: {', '.join(commands)}; metagradient COMMAND --help lists a command's settings"
     )
+
+
+def _also(command: str) -> str:
+    return f"Also: --preset NAME ({', '.join(_presets(command)) or 'none yet'}), --config FILE.toml"
 
 
 def _presets(command: str) -> list[str]:

@@ -100,7 +100,9 @@ class Metagradient:
         start = perf_counter()
         with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
             z = canonical(z)
-            run = Run.prepared(self.training, z, self._chosen.get("segment", self.segment), self.window)
+            run = Run.prepared(
+                self.training, z, self._chosen.get("segment", self.segment), self.window, first=not self._chosen
+            )
             check_objective(self.objective, self.vector, run.state, z)
             self._chosen["segment"] = run.segment
             try:

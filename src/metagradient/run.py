@@ -41,12 +41,20 @@ class Run:
     begin: int
 
     @classmethod
-    def prepared(cls, training: Training, z: PyTree, segment: Segment | int | None, window: int | None) -> Self:
-        """Check everything that can be known before compute is spent; `z` is canonical."""
+    def prepared(
+        cls, training: Training, z: PyTree, segment: Segment | int | None, window: int | None, *, first: bool = True
+    ) -> Self:
+        """Check everything that can be known before compute is spent.
+
+        Arguments:
+            z: canonical metaparameters.
+            segment, window: as in `value_and_metagrad`.
+            first: whether this training was not checked before.
+        """
         steps = len(training.batches)
         kinds = wrapped(z)
         feed = Feed(training.batches, kinds)
-        feed.check()
+        feed.check(whole=first)
         if window is not None and not 1 <= window <= steps:
             raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
         check_steps(kinds, steps)

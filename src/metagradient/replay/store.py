@@ -151,7 +151,7 @@ class DiskStore:
     def _write(self, at: int, state: PyTree) -> PyTree:
         leaves, treedef = jax.tree.flatten(state)
         arrays = {str(i): np.ascontiguousarray(leaf.data).reshape(-1).view(np.uint8) for i, leaf in enumerate(leaves)}
-        checksums = {name: str(zlib.crc32(array)) for name, array in arrays.items()}
+        checksums = {name: str(zlib.crc32(array.data)) for name, array in arrays.items()}
         partial = self._file(at).with_suffix(".partial")
         try:
             save_file(arrays, partial, metadata=checksums)
@@ -170,7 +170,7 @@ class DiskStore:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"the state at boundary {at} can't be read from {file}: {error}") from error
         for i, array in enumerate(arrays):
-            if checksums.get(str(i)) != str(zlib.crc32(array)):
+            if checksums.get(str(i)) != str(zlib.crc32(array.data)):
                 raise StoreError(f"{file} was changed on disk: leaf {i} fails its checksum")
         return jax.tree.unflatten(treedef, [leaf.filled(a) for leaf, a in zip(leaves, arrays, strict=True)])
 

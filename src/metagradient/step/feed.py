@@ -18,10 +18,6 @@ def _copy(x: Any) -> Any:
     return x if isinstance(x, jax.Array) else np.array(x)
 
 
-def _stack(*xs: Any) -> Any:
-    return jnp.stack(xs) if any(isinstance(x, jax.Array) for x in xs) else np.stack(xs)
-
-
 def _signature(batch: PyTree) -> tuple:
     leaves, treedef = jax.tree.flatten(batch)
     return treedef, *((x.shape, x.dtype) for x in leaves)
@@ -45,7 +41,7 @@ class Feed:
     @cached_property
     def first(self) -> PyTree:
         """The first batch, to which all others are held."""
-        return self._read(0)
+        return jax.tree.map(_copy, self._read(0))
 
     @cached_property
     def _signature(self) -> tuple:
@@ -56,16 +52,19 @@ class Feed:
         """Number of examples that z covers, or None."""
         return index_bound(self.z)
 
-    def check(self) -> None:
+    def check(self, *, whole: bool) -> None:
         """Raise `BatchError` for an empty, uneven or changing source, or a bad index, before compute is spent.
 
-        Cost: a sequence in memory (list or tuple) is read whole; any other, twice its first batch and once its last.
+        Arguments:
+            whole: read a sequence in memory (list or tuple) from end to end. Of any other only the first batch is
+                read, twice, and the last; the rest is checked as it is used.
         """
         if not len(self):
             raise BatchError("batches is empty (T = 0): there is no step to differentiate")
-        for t in range(len(self)) if isinstance(self.batches, (list, tuple)) else [len(self) - 1]:
-            self[t]
-        for a, b in zip(jax.tree.leaves(self.first), jax.tree.leaves(self[0]), strict=True):
+        in_memory = whole and isinstance(self.batches, (list, tuple))
+        for t in range(len(self)) if in_memory else {0, len(self) - 1}:
+            self._checked(t)
+        for a, b in zip(jax.tree.leaves(self.first), jax.tree.leaves(self._read(0)), strict=True):
             a, b = (jax.random.key_data(x) if is_key(x) else x for x in (a, b))
             if not np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)):
                 raise BatchError(
@@ -75,6 +74,21 @@ class Feed:
 
     def __getitem__(self, t: int) -> PyTree:
         """Batch of step t, copied, after all checks."""
+        return jax.tree.map(_copy, self._checked(t))
+
+    def segment(self, start: int, length: int) -> PyTree:
+        """Batches of steps start, start + 1, ..., stacked along a new first axis."""
+        leaves, treedef = jax.tree.flatten(self.first)
+        stacked = [[] if isinstance(x, jax.Array) else np.empty((length, *x.shape), x.dtype) for x in leaves]
+        for i in range(length):
+            for into, x in zip(stacked, jax.tree.leaves(self._checked(start + i)), strict=True):
+                if isinstance(into, list):
+                    into.append(x)
+                else:
+                    into[i] = x
+        return jax.tree.unflatten(treedef, [jnp.stack(x) if isinstance(x, list) else x for x in stacked])
+
+    def _checked(self, t: int) -> PyTree:
         batch = self._read(t)
         if _signature(batch) != self._signature:
             raise BatchError(
@@ -85,13 +99,8 @@ class Feed:
             self._check_index(t, batch["index"])
         return batch
 
-    def segment(self, start: int, length: int) -> PyTree:
-        """Batches of steps start, start + 1, ..., stacked along a new first axis."""
-        batches = [self[t] for t in range(start, start + length)]
-        return jax.tree.map(_stack, *batches)
-
     def _read(self, t: int) -> PyTree:
-        batch = jax.tree.map(_copy, self.batches[t])
+        batch = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), self.batches[t])
         if needs_index(self.z) and not (isinstance(batch, dict) and "index" in batch):
             raise BatchError(
                 f'z has PerExample leaves, but batches[{t}] has no "index": add the ids of its examples as int[batch]'
