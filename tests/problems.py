@@ -135,42 +135,50 @@ def mean(trees: list[Any]) -> Any:
     return jax.tree.map(one, *trees)
 
 
+@cache
+def _reference_step(loss: Any, made: Any, has_model_state: bool, microbatches: int) -> Any:
+    """A step, compiled once for all problems that share it."""
+
+    @jax.jit
+    def step(carry: Any, z: Any, t: Any, batch: Any) -> Any:
+        params, opt_state, model_state = carry
+        size, m = jax.tree.leaves(batch)[0].shape[0], microbatches
+        results = []
+        for start in range(0, size, size // m):
+            part = {k: v[start : start + size // m] for k, v in batch.items()}
+
+            def one(params: Any, part: Any = part) -> Any:
+                z_t = seen(z, t, part.get("index"))
+                if has_model_state:
+                    return loss(params, model_state, part, z_t)
+                return loss(params, part, z_t), model_state
+
+            results.append(jax.grad(one, has_aux=True)(params))
+        gradient, model_state = mean(results)
+        updates, opt_state = _optimiser(made, z, t, batch).update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, model_state
+
+    return step
+
+
+def _optimiser(made: Any, z: Any, t: Any, batch: Any) -> Any:
+    return made if isinstance(made, optax.GradientTransformation) else made(seen(z, t, batch.get("index")))
+
+
 def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any]:
     """The objective as a plain loop over steps, to be differentiated by JAX reverse over reverse.
 
     Arguments:
         window: no cotangent passes the state before the last `window` steps, or reaches what earlier steps saw of z.
     """
-
-    @jax.jit
-    def step(carry: Any, z: Any, t: Any, batch: Any) -> Any:
-        params, opt_state, model_state = carry
-        size, m = jax.tree.leaves(batch)[0].shape[0], problem.microbatches
-        results = []
-        for start in range(0, size, size // m):
-            part = {k: v[start : start + size // m] for k, v in batch.items()}
-
-            def loss(params: Any, part: Any = part) -> Any:
-                z_t = seen(z, t, part.get("index"))
-                if problem.has_model_state:
-                    return problem.loss(params, model_state, part, z_t)
-                return problem.loss(params, part, z_t), model_state
-
-            results.append(jax.grad(loss, has_aux=True)(params))
-        gradient, model_state = mean(results)
-        updates, opt_state = optimizer(z, t, batch).update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, model_state
-
-    def optimizer(z: Any, t: Any, batch: Any) -> Any:
-        made = problem.optimizer
-        return made if isinstance(made, optax.GradientTransformation) else made(seen(z, t, batch.get("index")))
+    step = _reference_step(problem.loss, problem.optimizer, problem.has_model_state, problem.microbatches)
 
     def run(z: Any) -> Any:
         given = problem.init(z) if callable(problem.init) else problem.init
         params, model_state = given if problem.has_model_state else (given, None)
         params = jax.tree.map(jnp.asarray, params)
-        carry = params, optimizer(z, 0, problem.batches[0]).init(params), model_state
-        steps = len(problem.batches)
+        opt_state = _optimiser(problem.optimizer, z, 0, problem.batches[0]).init(params)
+        carry, steps = (params, opt_state, model_state), len(problem.batches)
         for t, batch in enumerate(problem.batches):
             frozen = window is not None and t < steps - window
             carry = step(carry, lax.stop_gradient(z) if frozen else z, t, batch)
@@ -210,13 +218,13 @@ OPTIMISERS: dict[str, Any] = {
     "momentum": optax.sgd(0.1, momentum=0.9),
     "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "cosine": optax.sgd(optax.warmup_cosine_decay_schedule(0.05, 0.3, 3, STEPS)),
-    "noise": optax.chain(optax.add_noise(1e-3, 0.5, jax.random.key(3)), optax.sgd(0.3)),
+    "noise": optax.chain(optax.add_noise(1e-3, 0.5, jax.random.key(3, impl="rbg")), optax.sgd(0.3)),
     "adam": optax.adam(0.02, eps_root=1e-6),
     "adamw": optax.adamw(0.02, eps_root=1e-6, weight_decay=0.1, mask=matrices_only),
     "driven": lambda z: optax.adamw(z["lr"], eps_root=1e-6, weight_decay=z["decay"]),
     "clipped": optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.02, eps_root=1e-6)),
     "rmsprop": optax.rmsprop(0.01, eps=1e-4, momentum=0.5),
-    "muon": optax.contrib.muon(0.02, weight_decay=0.1, adam_eps_root=1e-6, adam_weight_decay=0.05),
+    "muon": optax.contrib.muon(0.02, ns_steps=2, weight_decay=0.1, adam_eps_root=1e-6, adam_weight_decay=0.05),
 }
 """ONE table of optimisers, for every test that runs over them."""
 

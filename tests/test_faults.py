@@ -179,7 +179,8 @@ def test_options_of_the_wrong_kind(name, ran):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Segment(0), lambda: Segment(2, "while"), lambda: Segment(2, "scan", "everything")]  # pyright: ignore
+    "make",
+    [lambda: Segment(0), lambda: Segment(2, "while"), lambda: Segment(2, "scan", "everything")],  # pyright: ignore
 )
 def test_segments_of_the_wrong_kind(make):
     with pytest.raises(StructureError, match="Segment"):
@@ -241,7 +242,9 @@ def test_parameters_that_are_not_floating(ran):
 @pytest.mark.parametrize(("loss", "per_example"), [(digit_losses, False), (digit_loss, True)])
 def test_losses_of_the_wrong_rank(loss, per_example, ran):
     problem = digits(ran, loss)
-    with refused(ran, StructureError, "[8]" if per_example is None else "per_example=True" if per_example else "scalar"):
+    with refused(
+        ran, StructureError, "[8]" if per_example is None else "per_example=True" if per_example else "scalar"
+    ):
         mg.value_and_metagrad(problem.training(per_example=per_example), problem.objective)(problem.z)
 
 
@@ -309,9 +312,9 @@ def test_low_precision_that_is_allowed(name):
     problem = Problem(loss, optax.sgd(0.3), change(mlp(np.float32)), z=with_optimiser("sgd", np.float32).z)
     problem = replace(problem, z={"weights": problem.z["weights"]})
     with jax.default_matmul_precision("bfloat16"):
-        value, _ = mg.value_and_metagrad(problem.training(allow_low_precision=True), problem.objective, segment=STEPWISE)(
-            problem.z
-        )
+        value, _ = mg.value_and_metagrad(
+            problem.training(allow_low_precision=True), problem.objective, segment=STEPWISE
+        )(problem.z)
     assert np.isfinite(value)
 
 
@@ -452,43 +455,32 @@ class Watched(Source):
 
 REPLAYS = pytest.mark.parametrize(
     ("schedule", "segment"),
-    [(KeepAll(), STEPWISE), (KeepAll(), Segment(4)), (KaryTree(2, "host"), STEPWISE), (Binomial(1), Segment(4))],
+    [(KeepAll(), STEPWISE), (KaryTree(2, "host"), STEPWISE), (Binomial(1), Segment(3))],
     ids=str,
 )
 
 
 @REPLAYS
 def test_a_step_altered_by_a_read_in_mid_run(schedule, segment):
-    """At whichever read: no number comes out."""
-    read = 0
-    while True:
+    """At whichever read."""
+
+    def run(altering):
         settings = {"scale": 1.0}
 
-        def on_read(number, t, settings=settings, read=read):
-            settings["scale"] = 2.0 if number >= read else 1.0
+        def on_read(number, t):
+            settings["scale"] = 2.0 if number >= altering else 1.0
 
         source = Watched(BATCHES, on_read)
-        function = mg.value_and_metagrad(
-            mg.Training(START, scaled(lambda settings=settings: settings["scale"]), source),
-            norm,
-            schedule=schedule,
-            segment=segment,
-        )
-        # Before the step is looked at for the first time, there is nothing to be altered.
-        if read < 3:
-            settings["scale"] = 2.0
-            read = 3
-            continue
-        if read > 3 and settings["scale"] == 2.0:
-            break
-        try:
-            function(Z)
-        except ImpureStepError:
-            read += 1
-        else:
-            assert source.reads <= read
-            break
-    assert read > 2 * LENGTH
+        training = mg.Training(START, scaled(lambda: settings["scale"]), source)
+        mg.value_and_metagrad(training, norm, schedule=schedule, segment=segment)(Z)
+        return source.reads
+
+    reads = run(10**9)
+    assert reads > 2 * LENGTH
+    # The reads before these are over when the step is looked at for the first time.
+    for altering in range(4, reads, 3):
+        with pytest.raises(ImpureStepError):
+            run(altering)
 
 
 @REPLAYS
@@ -568,7 +560,7 @@ def test_a_source_that_changes_once(schedule, segment):
         else:
             assert found in (before, after), late
     assert len(caught) >= LENGTH
-    assert any("leaf ['x']" in message for message in caught)
+    assert any("['x']" in message for message in caught)
 
 
 def test_a_run_that_is_trusted_is_not_verified():
@@ -621,6 +613,7 @@ def test_a_start_that_is_not_finite(segment):
 def test_an_adam_without_eps_root_on_pixels_that_are_always_zero(segment):
     """Border pixels of digits are: their second moment is zero, where the root has no finite derivative."""
     problem = replace(with_optimiser("adam", np.float32), optimizer=optax.adam(0.02))
+    problem = replace(problem, z={**problem.z, "ridge": np.float32(0)})
     with pytest.raises(NonFiniteError, match=rf"step {STEPS - 1} .*\.opt_state.*\.nu\['w1'\].*eps_root"):
         mg.value_and_metagrad(problem.training(), problem.objective, segment=segment)(problem.z)
 

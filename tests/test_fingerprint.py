@@ -69,7 +69,9 @@ def test_a_permutation(dtype, seed, order):
 
 
 @light
-@given(st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31)]), st.sampled_from([2, 3, 2**16, 2**30]), st.permutations(range(12)))
+@given(
+    st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31)]), st.sampled_from([2, 3, 2**16, 2**30]), st.permutations(range(12))
+)
 def test_a_swap_of_two_values_in_an_array_of_few(value, other, order):
     """Values that differ in one high bit are where sums of products with odd numbers are weakest."""
     x = np.full(12, value, np.int32)
@@ -130,23 +132,24 @@ def on_four_devices():
     assert differ(of(spread(keys, "data")), of(keys)) == [False]
 
     problem = with_optimiser("driven")
-    alone = mg.value_and_metagrad(problem.training(), problem.objective, segment=mg.Segment(4))(problem.z)
+    alone = mg.value_and_metagrad(problem.training(), problem.objective, segment=mg.Segment(1, "steps", "state"))(
+        problem.z
+    )
     batches = [{k: spread(v, "data") for k, v in batch.items()} for batch in problem.batches]
     divided = {**mlp(), "w1": spread(mlp()["w1"], "data")}
-    for init in (problem.init, divided):
-        for segment in (mg.Segment(4), mg.Segment(1, "steps", "state")):
-            training = replace(problem, batches=batches, init=init).training()
-            together = mg.value_and_metagrad(training, problem.objective, schedule=KaryTree(2, "host"), segment=segment)
-            found = together.evaluate(problem.z)
-            assert_same((found.value, found.grad), alone)
-            assert found.state.params["w1"].sharding.num_devices == 4
-            assert together.with_stats(problem.z)[2].compile_seconds == 0
+    for init, segment in ((problem.init, mg.Segment(4)), (divided, mg.Segment(1, "steps", "state"))):
+        training = replace(problem, batches=batches, init=init).training()
+        together = mg.value_and_metagrad(training, problem.objective, schedule=KaryTree(2, "host"), segment=segment)
+        found = together.evaluate(problem.z)
+        assert_same((found.value, found.grad), alone)
+        assert found.state.params["w1"].sharding.num_devices == 4
+        assert together.with_stats(problem.z)[2].compile_seconds == 0
 
 
 def test_on_several_devices():
     code = "import jax; jax.config.update('jax_enable_x64', True); import test_fingerprint as t; t.on_four_devices()"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    found = subprocess.run(  # noqa: S603
+    found = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=Path(__file__).parent,
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

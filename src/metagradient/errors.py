@@ -39,3 +39,7 @@ class ConfigError(MetagradientError, ValueError):
 
 class StoreError(MetagradientError, OSError):
     """A stored state could not be written, read back, or fails its checksum."""
+
+
+class DataError(MetagradientError, ValueError):
+    """A data set on disk is absent, lacks a column, or holds what can't be read."""

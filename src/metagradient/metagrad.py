@@ -22,7 +22,7 @@ from metagradient.step.compilation import compile_seconds
 from metagradient.step.rule import Cotangent
 from metagradient.step.segment import Segment
 from metagradient.training import Training
-from metagradient.trees import PyTree, floating, nbytes, paths
+from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,18 @@ class Metagradient:
 
         def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
             final.append(state)
+            if self.verify:
+                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step.
+                run.contract.still_holds()
             value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
             if not bool(jnp.isfinite(value).all()):
                 raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
+            bad = [p for p, x in zip(floating_paths(state), cotangent, strict=True) if not bool(jnp.isfinite(x).all())]
+            if bad:
+                raise NonFiniteError(
+                    f"the objective is finite, but its derivative in {bad[0]} of the final state is not: look for a "
+                    "root, norm, log or division at zero in it"
+                )
             return value, cotangent, wrapped(total)
 
         with Progress(self.progress) as progress, Stores() as stores:

@@ -144,15 +144,21 @@ def is_kind(x: Any) -> bool:
 
 def canonical(z: PyTree) -> PyTree:
     """`z` with strongly typed jax arrays; raises `StructureError` for a leaf that is not floating."""
-    try:
-        z = strong(z)
-    except TypeError as error:
-        raise StructureError(f"z must be a pytree of arrays: {error}") from error
-    for path, leaf in jax.tree.flatten_with_path(z)[0]:
+
+    def convert(path: Any, leaf: Any) -> jax.Array:
+        name = f"z{jax.tree_util.keystr(path)}"
+        try:
+            leaf = strong(leaf)
+        except TypeError as error:
+            raise StructureError(f"{name} is not an array: {error}") from error
         if not is_floating(leaf):
-            raise StructureError(
-                f"z{jax.tree_util.keystr(path)} is {leaf.dtype}: a metaparameter must be floating to have a gradient"
-            )
+            raise StructureError(f"{name} is {leaf.dtype}: a metaparameter must be floating to have a gradient")
+        return leaf
+
+    z = jax.tree.map_with_path(convert, z)
+    for path, kind in jax.tree.flatten_with_path(z, is_leaf=is_kind)[0]:
+        if isinstance(kind, PerExample) and not kind.value.ndim:
+            raise StructureError(f"z{jax.tree_util.keystr(path)} is PerExample, but has no axis of examples")
     return z
 
 

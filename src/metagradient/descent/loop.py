@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from metagradient.metagrad import Evaluation, value_and_metagrad
+from metagradient.metagrad import Stats, value_and_metagrad
 from metagradient.metaparameters import canonical
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -27,8 +27,8 @@ class MetaStep:
         held_out: another objective at the same final state, or None.
         z: the metaparameters after the step.
         grad_norm: Euclidean norm of the metagradient.
+        stats: what the metagradient took.
         training_runs: compute spent, in plain training runs (an adjoint step counts as three steps).
-        seconds: wall time of the metagradient.
     """
 
     step: int
@@ -36,8 +36,8 @@ class MetaStep:
     held_out: float | None
     z: PyTree
     grad_norm: float
+    stats: Stats
     training_runs: float
-    seconds: float
 
 
 def descend(
@@ -99,8 +99,8 @@ def descend(
             other,
             z,
             float(optax.tree.norm(found.grad)),
-            _training_runs(found, len(run.batches)),
-            found.stats.seconds,
+            found.stats,
+            (found.stats.forward_steps + _ADJOINT_IN_STEPS * found.stats.adjoint_steps) / len(run.batches),
         )
 
 
@@ -112,7 +112,3 @@ def inner_seed(seed: int, step: int) -> int:
 def fresh_seed(seed: int, number: int) -> int:
     """Seed for evaluation that no meta-step of the same descent has drawn."""
     return int(np.random.SeedSequence((seed, 1, number)).generate_state(1)[0])
-
-
-def _training_runs(found: Evaluation, steps: int) -> float:
-    return (found.stats.forward_steps + _ADJOINT_IN_STEPS * found.stats.adjoint_steps) / steps

@@ -26,18 +26,18 @@ def normalise() -> optax.GradientTransformation:
 
 
 def normalised(rate: optax.ScalarOrSchedule, momentum: float = 0.0) -> optax.GradientTransformation:
-    r"""Descent along the metagradient at unit root mean square, with momentum.
+    r"""Descent with momentum, in moves of a given size.
 
-    $$m \leftarrow \mu m + g / \mathrm{rms}(g), \qquad z \leftarrow z - \eta (1 - \mu) m$$
+    $$m \leftarrow \mu m + g / \mathrm{rms}(g), \qquad z \leftarrow z - \eta\, m / \mathrm{rms}(m)$$
 
     Arguments:
-        rate: $\eta$, the size of a typical entry's move a meta-step, in units of z; or a schedule over meta-steps.
+        rate: $\eta$, the root mean square of a meta-step's move, in units of z; or a schedule over meta-steps.
         momentum: $\mu$ in [0, 1).
     """
     return optax.chain(
         normalise(),
         optax.trace(momentum),
-        optax.scale(1 - momentum),
+        normalise(),
         optax.scale_by_learning_rate(rate),
     )
 

@@ -60,6 +60,8 @@ class Traversal:
 
     def first_run(self, state: PyTree) -> PyTree:
         """Advance through the segments before those that are differentiated."""
+        if self.careful and (bad := _bad(state)):
+            raise NonFiniteError(f"the initial state is not finite: {_names(bad)}")
         self.watch.state(0, state)
         for i in range(-self.runner.before, 0):
             state = self._advance(i, state)
@@ -95,7 +97,10 @@ class Traversal:
                     self.peak_kept_bytes = max(self.peak_kept_bytes, self._kept_bytes)
                 case PullBack(segment):
                     if result is None:
-                        value, cotangent, total = self.begin(working())
+                        state = working()
+                        # What the objective makes of a state that is not finite would hide the step that made it.
+                        self.watch.settle()
+                        value, cotangent, total = self.begin(state)
                         result = value, cotangent, total
                         working = _nothing
                     value, cotangent, total = result

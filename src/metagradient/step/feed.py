@@ -66,7 +66,7 @@ class Feed:
             self._checked(t)
         for a, b in zip(jax.tree.leaves(self.first), jax.tree.leaves(self._read(0)), strict=True):
             a, b = (jax.random.key_data(x) if is_key(x) else x for x in (a, b))
-            if not np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)):
+            if np.asarray(a).tobytes() != np.asarray(b).tobytes():
                 raise BatchError(
                     "batches[0] differs between two reads: a batch must be a pure function of its step "
                     "(draw augmentation from a key made of the step number)"

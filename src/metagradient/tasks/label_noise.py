@@ -1,8 +1,7 @@
 """Find mislabelled training examples, and train better in spite of them: the library's main job in small."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -11,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Printed
 from sklearn.metrics import roc_auc_score
 
 from metagradient.data.batches import EpochBatches
 from metagradient.data.images import Images, load_cifar10, load_digits
 from metagradient.descent import updates
-from metagradient.descent.loop import descend, fresh_seed
+from metagradient.descent.loop import MetaStep, descend, fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.metaparameters import PerExample
-from metagradient.models import Classifier, mlp, resnet9
 from metagradient.report.figures import least_trusted, lines, weights_by_group
-from metagradient.report.page import Page, Section
+from metagradient.report.page import Page, Section, Table, write
 from metagradient.run import train
+from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory, versions
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
@@ -35,36 +34,314 @@ class LabelNoise:
     """Find mislabelled examples with metagradients: learn a weight for each from a small clean set.
 
     Without --data: scikit-learn's 1,797 handwritten digits, a share of whose training labels is flipped. With it:
-    CIFAR-10 and CIFAR-10N's human labels, as parquet files in that directory.
+    CIFAR-10 and CIFAR-10N's human labels, as parquet files in that directory; --preset cifar10 has settings for it.
     """
 
     data: Path | None = None
     """directory with CIFAR-10 and CIFAR-10N in parquet; none takes the digits"""
+    labels: str = "worse"
+    """which of CIFAR-10N's human labels to train on"""
+    shrink: int = 2
+    """CIFAR-10 images are averaged down by this factor"""
     out: Path | None = None
     """directory of this run; none takes a free one under runs/"""
     seed: int = 0
     """seed of the split, the flips and the inner seeds"""
-    flipped: float = 0.4
+    flipped: float = 0.5
     """share of the digits' training labels to flip (human labels come with their own noise)"""
-    examples: int = 1000
+    examples: int = 1097
     """training examples"""
-    target: int = 150
+    target: int = 200
     """clean examples that the descent aims at"""
     held_out: int = 500
-    """examples on which accuracies are measured"""
+    """examples on which results are measured"""
+    width: int = 64
+    """width of the model's hidden layer, or of its first convolution"""
     steps: int = 200
     """training steps"""
     batch: int = 128
     """batch size"""
-    learning_rate: float = 0.01
-    """peak learning rate of an inner training"""
-    meta_steps: int = 15
+    learning_rate: float = 0.005
+    """peak learning rate of an inner training (Adam, cosine decay)"""
+    meta_steps: int = 16
     """meta-steps, each with a fresh seed"""
     rate: float = 0.3
-    """how far a typical weight moves in the first meta-step"""
-    final_rate: float = 0.05
+    """root mean square of the weights' move in the first meta-step"""
+    final_rate: float = 0.1
     """... and in the last"""
     momentum: float = 0.8
     """momentum of the descent"""
     seeds: int = 5
     """fresh seeds on which results are measured"""
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """What a model is trained on: examples, the labels taken for them, a weight for each, and which are used."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    weights: jax.Array
+    rows: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a model is trained: everything that arms and seeds have in common, so that all run the same programs."""
+
+    config: LabelNoise
+    model: tuple[Callable[[jax.Array], PyTree], Callable[[PyTree, jax.Array], jax.Array]]
+    optimizer: optax.GradientTransformation
+    loss: Callable[[PyTree, PyTree, PyTree], jax.Array]
+
+    def training(self, arm: _Arm, seed: int) -> Training:
+        """The arm's training at one seed, of initial parameters and order."""
+        data = {"x": arm.images, "y": arm.labels}
+        c = self.config
+        batches = EpochBatches(data, batch=c.batch, steps=c.steps, seed=seed, rows=arm.rows)
+        return Training.from_loss(self.loss, self.optimizer, self.model[0](jax.random.key(seed)), batches)
+
+    def accuracy(self, arm: _Arm, held_out: Images, segment: Segment) -> np.ndarray:
+        """Accuracy on held-out images, for every fresh seed."""
+        z = {"weights": PerExample(arm.weights)}
+
+        def one(seed: int) -> float:
+            state = train(self.training(arm, seed), z, segment=segment)
+            guess = self.model[1](state.params, jnp.asarray(held_out.images)).argmax(-1)
+            return float((guess == held_out.labels).mean())
+
+        return np.array([one(fresh_seed(self.config.seed, i)) for i in range(self.config.seeds)])
+
+
+def run(config: LabelNoise) -> dict[str, float]:
+    """Run the task, print what was learnt, and fill the run's directory.
+
+    Returns: the figures in `result.json`: `auroc_flipped`, accuracies (means over fresh seeds), `seconds`,
+        `training_runs`.
+
+    Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
+
+    Cost: `meta_steps` metagradients and 5 x `seeds` trainings; about a minute for the digits on two cores.
+    """
+    start = perf_counter()
+    console = Console()
+    pool, target, held_out = _split(config)
+    directory = RunDirectory(config.out or free_directory("demo"), config)
+    assert pool.observed is not None
+    wrong = pool.observed != pool.labels
+    recipe = _recipe(config, pool)
+    noisy = _Arm(pool.images, pool.observed, jnp.ones(len(pool)))
+    records = _descend(recipe, noisy, target, held_out, directory)
+    weights = np.asarray(records[-1].z["weights"].value)
+    size = int(np.clip(round(weights.sum() ** 2 / (weights**2).sum()), config.batch, len(pool)))
+    subset = np.random.default_rng((config.seed, 2)).choice(len(pool), size, replace=False)
+    arms = {
+        "all": noisy,
+        "random": _Arm(pool.images, pool.observed, jnp.ones(len(pool)), subset),
+        "target": _Arm(target.images, target.labels, jnp.ones(len(target))),
+        "mgd": _Arm(pool.images, pool.observed, jnp.asarray(weights)),
+        "clean": _Arm(pool.images, pool.labels, jnp.ones(len(pool))),
+    }
+    segment = records[-1].stats.segment
+    accuracies = {name: recipe.accuracy(arm, held_out, segment) for name, arm in arms.items()}
+    result = {
+        "auroc_flipped": float(roc_auc_score(wrong, -weights)),
+        **{f"accuracy_{name}": float(values.mean()) for name, values in accuracies.items()},
+        "seconds": perf_counter() - start,
+        "training_runs": sum(r.training_runs for r in records),
+        "examples": len(pool),
+        "share_flipped": float(wrong.mean()),
+        "random_subset": size,
+    }
+    directory.result(result)
+    write(_page(config, directory, pool, weights, wrong, records, accuracies, result), directory / "report.html")
+    _print(console, accuracies, result, directory)
+    return result
+
+
+def _split(config: LabelNoise) -> tuple[Images, Images, Images]:
+    """Training pool (with wrong labels as `observed`), clean target, and held-out images."""
+    wanted = config.examples + config.target + config.held_out
+    everything = load_cifar10(config.data, config.labels, limit=wanted) if config.data else load_digits()
+    if wanted > len(everything):
+        raise ConfigError(f"examples + target + held_out is {wanted}, but there are only {len(everything)} images")
+    if min(config.examples, config.target) < config.batch:
+        raise ConfigError(f"examples and target must hold at least a batch of {config.batch}")
+    if config.data:
+        everything = everything.shrunk(config.shrink)
+    rng = np.random.default_rng((config.seed, 1))
+    order = rng.permutation(len(everything))
+    target, held_out, pool = np.split(order[:wanted], [config.target, config.target + config.held_out])
+    if not config.data:
+        everything = _flipped(everything, config.flipped, rng)
+    return everything.take(pool), everything.take(target), everything.take(held_out)
+
+
+def _flipped(images: Images, share: float, rng: np.random.Generator) -> Images:
+    n, classes = len(images), len(images.classes)
+    flip = rng.random(n) < share
+    observed = np.where(flip, (images.labels + rng.integers(1, classes, n)) % classes, images.labels)
+    return Images(images.images, images.labels, observed.astype(np.int32), images.classes)
+
+
+def _recipe(config: LabelNoise, pool: Images) -> _Recipe:
+    build = _mlp
+    init, logits = build(pool.images.shape[1:], config.width, len(pool.classes))
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), eps_root=1e-8)
+
+    def loss(params: PyTree, batch: PyTree, z: PyTree) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
+        return jnp.mean(z["weights"] * losses)
+
+    return _Recipe(config, (init, logits), optimizer, loss)
+
+
+def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, directory: RunDirectory) -> list[MetaStep]:
+    config, logits = recipe.config, recipe.model[1]
+
+    def mean_loss(state: TrainState, images: Images) -> jax.Array:
+        outputs = logits(state.params, jnp.asarray(images.images))
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, images.labels).mean()
+
+    rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
+    steps = descend(
+        lambda seed: recipe.training(noisy, seed),
+        lambda state, z: mean_loss(state, target),
+        {"weights": PerExample(noisy.weights)},
+        updates.normalised(rate, config.momentum),
+        config.meta_steps,
+        project=updates.box(0, 1),
+        held_out=lambda state, z: mean_loss(state, held_out),
+        seed=config.seed,
+    )
+    records = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task("meta-steps", total=config.meta_steps)
+        for record in steps:
+            records.append(record)
+            directory.record(
+                step=record.step,
+                value=record.value,
+                held_out=record.held_out,
+                grad_norm=record.grad_norm,
+                training_runs=record.training_runs,
+                seconds=record.stats.seconds,
+            )
+            progress.update(task, advance=1, description=f"meta-steps (loss on clean target {record.value:.3f})")
+    np.save(directory / "weights.npy", np.asarray(records[-1].z["weights"].value))
+    return records
+
+
+_NAMES = {
+    "all": "all examples as labelled",
+    "random": "a random subset of the same size",
+    "target": "the clean target set alone",
+    "mgd": "the metagradient's weights",
+    "clean": "true labels (upper bound)",
+}
+
+
+def _rows(accuracies: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+    # The error of a mean over seeds.
+    spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
+    return [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
+
+
+def _print(
+    console: Console, accuracies: dict[str, np.ndarray], result: dict[str, float], directory: RunDirectory
+) -> None:
+    table = Printed("trained on", "held-out accuracy", title="What was learnt (mean ± standard error over fresh seeds)")
+    for row in _rows(accuracies):
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        f"AUROC of wrong labels by weight: {result['auroc_flipped']:.3f}   "
+        f"compute: {result['training_runs']:.0f} training runs' worth, {result['seconds']:.0f} s in all"
+    )
+    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+
+
+def _page(
+    config: LabelNoise,
+    directory: RunDirectory,
+    pool: Images,
+    weights: np.ndarray,
+    wrong: np.ndarray,
+    records: list[MetaStep],
+    accuracies: dict[str, np.ndarray],
+    result: dict[str, float],
+) -> Page:
+    source = f"{len(pool)} images of CIFAR-10 with human labels" if config.data else f"{len(pool)} handwritten digits"
+    losses = {
+        "clean target": [r.value for r in records],
+        "held out": [r.held_out for r in records if r.held_out is not None],
+    }
+    summary = (
+        f"{source}, {result['share_flipped']:.0%} of them with a wrong label. A weight for each was learnt by "
+        f"differentiating whole training runs: in {len(records)} meta-steps, each with a fresh seed, weights moved so "
+        f"that a model trained with them does better on {config.target} clean examples.\n\n"
+        f"A model trained on everything reaches {result['accuracy_all']:.1%} on held-out images, one trained with the "
+        f"learnt weights {result['accuracy_mgd']:.1%}, one with all labels corrected {result['accuracy_clean']:.1%}."
+    )
+    return Page(
+        "Which labels are wrong?",
+        summary,
+        [
+            Section(
+                "What was learnt",
+                "Each row trains the same model in the same way; means over seeds that the descent never saw.",
+                Table(("trained on", "held-out accuracy (± standard error)"), _rows(accuracies), emphasis=3),
+            ),
+            Section(
+                "Which examples it trusts",
+                "A weight near zero says: training on this example hurts. No true label of these was ever shown.",
+                figures=(
+                    weights_by_group(weights, wrong),
+                    least_trusted(pool.images, weights, _given(pool), pool.labels, pool.classes),
+                ),
+            ),
+            Section(
+                "How it got there",
+                "The loss of the trained model, at the weights of each meta-step.",
+                figures=(lines(losses, x="meta-step", y="loss", caption="Loss per meta-step, each on a fresh seed."),),
+            ),
+            Section("Settings", table=Table(("setting", "value"), list(directory.config.items()))),
+            Section(
+                "Cost and versions",
+                f"{result['training_runs']:.0f} training runs' worth of compute in the descent, counted in matrix "
+                f"products; {result['seconds']:.0f} seconds in all, compilation and evaluation included.",
+                Table(("what", "version"), list(versions().items())),
+            ),
+        ],
+        [
+            (f"{result['auroc_flipped']:.3f}", "AUROC of wrong labels"),
+            (f"{result['accuracy_all']:.1%} → {result['accuracy_mgd']:.1%}", "held-out accuracy"),
+            (f"{result['training_runs']:.0f}", "training runs' worth of compute"),
+        ],
+    )
+
+
+def _given(pool: Images) -> np.ndarray:
+    assert pool.observed is not None
+    return pool.observed
+
+
+def _mlp(shape: tuple[int, ...], width: int, classes: int) -> tuple[Callable, Callable]:
+    """A network of one hidden layer: `(key -> parameters, (parameters, images) -> logits)`."""
+    inputs = int(np.prod(shape))
+
+    def init(key: jax.Array) -> PyTree:
+        first, second = jax.random.split(key)
+        return {
+            "w1": jax.random.normal(first, (inputs, width)) * (2 / inputs) ** 0.5,
+            "b1": jnp.zeros(width),
+            "w2": jax.random.normal(second, (width, classes)) * 0.3 * (2 / width) ** 0.5,
+            "b2": jnp.zeros(classes),
+        }
+
+    def logits(params: PyTree, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(x.reshape(len(x), -1) @ params["w1"] + params["b1"])
+        return hidden @ params["w2"] + params["b2"]
+
+    return init, logits

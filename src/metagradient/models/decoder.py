@@ -1,0 +1,167 @@
+"""A Llama-like decoder language model whose adjoint needs one layer's activations and one chunk of logits at a time."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from metagradient.models.attention import causal_attention
+from metagradient.models.losses import chunked_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """RMS norm, rotary positions, grouped-query attention, SwiGLU, optionally tied embeddings; no dropout.
+
+    Fields have the names and meanings of a Hugging Face Llama `config.json`, and parameters those of its tensors, so
+    SmolLM2 and Llama weights load by name; the default is SmolLM2-135M, 134,515,008 parameters. Every layer's tensors
+    are stacked in a leading axis: a `lax.scan` runs the layers, each under `jax.checkpoint`, so a gradient or its
+    adjoint keeps one `[batch, length, hidden_size]` a layer. (Unrolled layers gain nothing from a checkpoint on a CPU:
+    the compiler merges the recomputation away.)
+
+    Arguments:
+        vocab_size: rows of the embedding.
+        hidden_size: of the residual stream.
+        intermediate_size: of the SwiGLU.
+        num_hidden_layers: layers.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides the query heads.
+        head_dim: size of a head; `hidden_size / num_attention_heads` if None.
+        rope_theta: base of the rotary wavelengths.
+        rms_norm_eps: added to mean squares.
+        tie_word_embeddings: unembed with the embedding matrix.
+        attention_chunk: queries whose scores are alive at once.
+        loss_chunk: tokens whose logits are alive at once.
+    """
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int | None = None
+    rope_theta: float = 100_000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    attention_chunk: int = 64
+    loss_chunk: int = 64
+
+    def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple[dict, dict]:
+        """Draw parameters, named and oriented as Hugging Face's: `weight [out, in]`; and an empty model state.
+
+        Returns: `({"embed_tokens", "layers", "norm"[, "lm_head"]}, {})`, every leaf of `layers` stacked, `[L, ...]`.
+        """
+        size, layers = self.hidden_size, self.num_hidden_layers
+        queries, keys = self.num_attention_heads * self._head_size, self.num_key_value_heads * self._head_size
+        random = iter(jax.random.split(key, 9))
+
+        def linear(outputs: int, inputs: int) -> dict:
+            weight = jax.random.normal(next(random), (layers, outputs, inputs), dtype)
+            return {"weight": weight / math.sqrt(inputs)}
+
+        def embedding() -> dict:
+            return {"weight": jax.random.normal(next(random), (self.vocab_size, size), dtype) * 0.02}
+
+        def ones(*shape: int) -> dict:
+            return {"weight": jnp.ones(shape, dtype)}
+
+        params = {
+            "embed_tokens": embedding(),
+            "layers": {
+                "input_layernorm": ones(layers, size),
+                "self_attn": {
+                    "q_proj": linear(queries, size),
+                    "k_proj": linear(keys, size),
+                    "v_proj": linear(keys, size),
+                    "o_proj": linear(size, queries),
+                },
+                "post_attention_layernorm": ones(layers, size),
+                "mlp": {
+                    "gate_proj": linear(self.intermediate_size, size),
+                    "up_proj": linear(self.intermediate_size, size),
+                    "down_proj": linear(size, self.intermediate_size),
+                },
+            },
+            "norm": ones(size),
+        }
+        return params if self.tie_word_embeddings else params | {"lm_head": embedding()}, {}
+
+    def apply(self, params: dict, model_state: dict, tokens: Array, *, train: bool = True) -> tuple[Array, dict]:
+        """All logits `[batch, length, vocab_size]` of `tokens [batch, length]`; to train, use `token_losses`."""
+        del train
+        return self.hidden(params, tokens) @ self._unembedding(params).T, model_state
+
+    def token_losses(self, params: dict, tokens: Array, targets: Array, weights: Array | None = None) -> Array:
+        """Cross-entropy of every target, with one chunk of logits alive at a time.
+
+        Arguments:
+            params: from `init`.
+            tokens: `[batch, length]`, integer; padding goes at the end.
+            targets: `[batch, length]`, integer: the token that follows each.
+            weights: `[batch, length]`, float, multiplies the losses (0 on padding and prompts); ones if None.
+
+        Returns: `[batch, length]`. Cost and errors: see `chunked_cross_entropy`.
+        """
+        losses = chunked_cross_entropy(
+            self.hidden(params, tokens).reshape(-1, self.hidden_size),
+            self._unembedding(params),
+            targets.reshape(-1),
+            None if weights is None else weights.reshape(-1),
+            chunk=self.loss_chunk,
+        )
+        return losses.reshape(targets.shape)
+
+    def hidden(self, params: dict, tokens: Array) -> Array:
+        """The last layer's normalised output, `[batch, length, hidden_size]`, of `tokens [batch, length]`."""
+        x = params["embed_tokens"]["weight"][tokens]
+        rotation = self._rotation(tokens.shape[1], x.dtype)
+
+        @jax.checkpoint
+        def layer(x: Array, weights: dict) -> tuple[Array, None]:
+            x = x + self._attention(weights["self_attn"], self._norm(weights["input_layernorm"], x), rotation)
+            return x + _feed_forward(weights["mlp"], self._norm(weights["post_attention_layernorm"], x)), None
+
+        return self._norm(params["norm"], lax.scan(layer, x, params["layers"])[0])
+
+    @property
+    def _head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def _unembedding(self, params: dict) -> Array:
+        return params["embed_tokens" if self.tie_word_embeddings else "lm_head"]["weight"]
+
+    def _norm(self, norm: dict, x: Array) -> Array:
+        return norm["weight"] * x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.rms_norm_eps)
+
+    def _attention(self, weights: dict, x: Array, rotation: tuple[Array, Array]) -> Array:
+        def heads(name: str) -> Array:
+            return _linear(weights[name], x).reshape(*x.shape[:2], -1, self._head_size)
+
+        query, key = _rotate(heads("q_proj"), *rotation), _rotate(heads("k_proj"), *rotation)
+        attended = causal_attention(query, key, heads("v_proj"), chunk=self.attention_chunk)
+        return _linear(weights["o_proj"], attended.reshape(*x.shape[:2], -1))
+
+    def _rotation(self, length: int, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Cosines and sines `[length, 1, head_size / 2]` of position times frequency."""
+        exponents = jnp.arange(0, self._head_size, 2, dtype=dtype) / self._head_size
+        angles = jnp.arange(length, dtype=dtype)[:, None, None] * self.rope_theta**-exponents
+        return jnp.cos(angles), jnp.sin(angles)
+
+
+def _linear(weights: dict, x: Array) -> Array:
+    return x @ weights["weight"].T
+
+
+def _feed_forward(weights: dict, x: Array) -> Array:
+    gated = jax.nn.silu(_linear(weights["gate_proj"], x)) * _linear(weights["up_proj"], x)
+    return _linear(weights["down_proj"], gated)
+
+
+def _rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    """Turn each pair (i, i + size / 2) of a head by its angle: Hugging Face's layout of rotary positions."""
+    first, second = jnp.split(x, 2, -1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)

@@ -1,0 +1,148 @@
+"""Figures of a report: SVG that follows the reader's light or dark scheme, with a caption and a text alternative."""
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+
+# Matplotlib knows no "currentColor": ink is drawn in this colour, which nothing else uses, and replaced in the SVG.
+_INK = "#010203"
+_COLOURS = ("#3d8fd1", "#e07b39", "#4aa564", "#a974c9")
+_SCHEME = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d7dce2}}</style>"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its words.
+
+    Arguments:
+        content: the SVG document, UTF-8.
+        caption: what it shows and how to read it.
+        alt: the same for those who don't see it.
+    """
+
+    content: bytes
+    caption: str
+    alt: str
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return "data:image/svg+xml;base64," + b64encode(self.content).decode()
+
+
+def weights_by_group(weights: np.ndarray, flipped: np.ndarray) -> Figure:
+    """Histograms of the weights of examples with flipped and with clean labels.
+
+    Arguments:
+        weights: float[n].
+        flipped: bool[n].
+    """
+    groups = {"clean label": weights[~flipped], "flipped label": weights[flipped]}
+    canvas, axes = _axes(7, 3.4)
+    axes.hist(list(groups.values()), bins=20, color=_COLOURS[:2], label=list(groups))
+    axes.set(xlabel="weight of a training example", ylabel="examples")
+    _legend(axes)
+    means = "; ".join(
+        f"{len(values)} with a {name}" + (f", mean weight {values.mean():.2f}" if len(values) else "")
+        for name, values in groups.items()
+    )
+    return _figure(
+        canvas,
+        "Weights after the descent. It was never told which labels are flipped.",
+        f"Two histograms of training examples by weight: {means}.",
+    )
+
+
+def least_trusted(
+    images: np.ndarray,
+    weights: np.ndarray,
+    given: np.ndarray,
+    true: np.ndarray | None,
+    classes: Sequence[str],
+    count: int = 24,
+) -> Figure:
+    """The examples with the lowest weights, each with its given label, and its true one where that is known.
+
+    Arguments:
+        images: float[n, height, width, channels] in [0, 1], of one or three channels.
+        weights: float[n]; ties go by position.
+        given: int[n], labels trained on.
+        true: int[n], or None.
+        classes: names of the labels.
+        count: how many to show.
+    """
+    rows = np.argsort(weights, kind="stable")[:count]
+    across = min(6, max(len(rows), 1))
+    down = max(-(-len(rows) // across), 1)
+    canvas = _canvas(1.15 * across, 1.6 * down)
+    for place, row in enumerate(rows):
+        axes = canvas.add_subplot(down, across, place + 1)
+        # Enlarged here: a browser would blur an 8 x 8 picture.
+        pixels = images[row].repeat(8, axis=0).repeat(8, axis=1)
+        axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+        wrong = true is not None and given[row] != true[row]
+        words = classes[int(given[row])]
+        if true is not None and wrong:
+            words += f"\n(is {classes[int(true[row])]})"
+        axes.set_title(words, fontsize=9, color=_COLOURS[1] if wrong else _INK)
+    shown = f"The {len(rows)} examples with the lowest weights, under the labels they were given"
+    if true is None:
+        return _figure(canvas, f"{shown}.", f"{shown}.")
+    found = f"{int(np.sum(given[rows] != true[rows]))} of these {len(rows)} labels are wrong"
+    return _figure(canvas, f"{shown} (orange: wrong). {found}.", f"{shown}. {found}.")
+
+
+def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str) -> Figure:
+    """Lines over the positions 0, 1, ...: a loss per meta-step, say.
+
+    Arguments:
+        series: values by name, at most four.
+        x, y: names of the axes.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 3.2)
+    for (name, values), colour in zip(series.items(), _COLOURS, strict=False):
+        axes.plot(np.arange(len(values)), values, color=colour, label=name, linewidth=2, marker="o", markersize=3.5)
+    axes.set(xlabel=x, ylabel=y)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend(axes)
+    ends = "; ".join(f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in series.items() if len(v))
+    return _figure(canvas, caption, f"{caption} {y} by {x}: {ends}.")
+
+
+def _canvas(width: float, height: float) -> Canvas:
+    return Canvas(figsize=(width, height), layout="constrained", facecolor="none")
+
+
+def _axes(width: float, height: float) -> tuple[Canvas, Any]:
+    canvas = _canvas(width, height)
+    axes = canvas.add_subplot(facecolor="none")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.tick_params(colors=_INK)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    axes.grid(axis="y", color=_INK, alpha=0.12)
+    axes.set_axisbelow(True)
+    return canvas, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, labelcolor=_INK)
+
+
+def _figure(canvas: Canvas, caption: str, alt: str) -> Figure:
+    file = BytesIO()
+    # The salt makes the ids inside, and with them the bytes, the same at every call.
+    with mpl.rc_context({"svg.hashsalt": "metagradient"}):
+        FigureCanvasSVG(canvas).print_svg(file, metadata={"Date": None})
+    head, tag, rest = file.getvalue().decode().replace(_INK, "currentColor").partition("<defs>")
+    return Figure((head + _SCHEME + tag + rest).encode(), caption, alt)
