@@ -1,7 +1,7 @@
 """Small training runs on real digits, and a slow reference that shares no code with the library.
 
 Gradients must not vanish, or a wrong one passes: models are smooth (tanh), runs are short and stop far from
-convergence, learning rates move the loss by a tenth or more, and objectives are read on digits that were not trained on.
+convergence, learning rates move the loss by a tenth or more, and objectives are read on digits that are in no batch.
 """
 
 from collections.abc import Callable

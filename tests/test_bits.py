@@ -1,4 +1,4 @@
-"""In float32, one segment gives the same bits on every way: schedules, stores, calls, processes. And one compilation."""
+"""In float32, one segment gives the same bits whatever the schedule, store, call or process; and compiles once."""
 
 import hashlib
 import subprocess

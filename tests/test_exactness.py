@@ -1,4 +1,4 @@
-"""In float64, metagradients equal the gradient of the unrolled run to 1e-10, leaf by leaf, however they are computed."""
+"""In float64, metagradients equal the gradient of the unrolled run to 1e-10, leaf by leaf, on every way to them."""
 
 from dataclasses import replace
 from functools import cache
@@ -42,7 +42,7 @@ import metagradient as mg
 from metagradient import Segment
 from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
 
-STEPWISE = Segment(1, "steps", "state")
+STEPWISE, TREE = Segment(1, "steps", "state"), KaryTree(2, "host")
 SCHEDULES = [KeepAll()]
 for tier in ("device", "host"):
     SCHEDULES += [TwoLevel(tier=tier), KaryTree(2, tier), KaryTree(3, tier), Binomial(1, tier), Binomial(3, tier)]
@@ -61,7 +61,7 @@ def known(name):
     return problem, reference(problem)
 
 
-def metagradient(problem, *, training=None, schedule=KaryTree(2, "host"), segment=STEPWISE, window=None):
+def metagradient(problem, *, training=None, schedule=TREE, segment=STEPWISE, window=None):
     training = training or problem.training()
     function = mg.value_and_metagrad(training, problem.objective, schedule=schedule, segment=segment, window=window)
     return function(problem.z)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import tyro
@@ -26,24 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage(commands), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
     name, *rest = arguments
-    config, run = commands[name]()
+    config, run, preset = commands[name]()
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     try:
-        run(parse(name, config, rest))
+        run(parse(name, config, rest, with_data=preset))
     except MetagradientError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         return 2
     return 0
 
 
-def parse(command: str, config: Any, arguments: Sequence[str]) -> Any:
+def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str | None = None) -> Any:
     """A command's configuration: its defaults, then a preset's or a file's values, then flags.
 
     Arguments:
         command: its name.
         config: its configuration's defaults, a dataclass.
         arguments: what follows the command.
+        with_data: the preset to start from where --data is given, and neither --preset nor --config.
 
     Errors: `ConfigError` for a preset or file that is absent, or holds a setting that the command hasn't.
     """
@@ -51,8 +52,10 @@ def parse(command: str, config: Any, arguments: Sequence[str]) -> Any:
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     given, rest = first.parse_known_args(arguments)
-    if given.preset:
-        config = _with_values(config, _preset(command, given.preset), f"preset {given.preset}")
+    named = any(argument.split("=")[0] == "--data" for argument in rest) and not given.config
+    preset = given.preset or (with_data if named else None)
+    if preset:
+        config = _with_values(config, _preset(command, preset), f"preset {preset}")
     if given.config:
         if not given.config.is_file():
             raise ConfigError(f"--config {given.config}: no such file")
@@ -66,13 +69,17 @@ def parse(command: str, config: Any, arguments: Sequence[str]) -> Any:
     )
 
 
-def _commands() -> dict[str, Callable[[], tuple[Any, Callable[[Any], None]]]]:
+Command: TypeAlias = Callable[[], tuple[Any, Callable[[Any], Any], str | None]]
+"""Gives the defaults of a configuration, what runs it, and the preset to start from where --data is given."""
+
+
+def _commands() -> dict[str, Command]:
     """Commands by name; each imports what it needs when it is called."""
 
-    def demo() -> tuple[Any, Callable[[Any], None]]:
+    def demo() -> tuple[Any, Callable[[Any], Any], str | None]:
         from metagradient.tasks.label_noise import LabelNoise, run
 
-        return LabelNoise(), run
+        return LabelNoise(), run, "cifar10"
 
     return {"demo": demo}
 

@@ -35,15 +35,14 @@ def causal_attention(query: Array, key: Array, value: Array, *, chunk: int = 64)
     chunks = jnp.moveaxis(padded.reshape(batch, count, chunk, groups, heads // groups, size), 1, 0)
     per_span = -(-count // _SPANS)
     spans = [
-        _attend_span(chunks[first : first + per_span], first * chunk, key, value)
-        for first in range(0, count, per_span)
+        _attend_span(chunks[first : first + per_span], first * chunk, key, value) for first in range(0, count, per_span)
     ]
     attended = jnp.moveaxis(jnp.concatenate(spans), 0, 1)
     return attended.reshape(batch, count * chunk, heads, size)[:, :length]
 
 
 def _attend_span(queries: Array, first: int, key: Array, value: Array) -> Array:
-    """`queries [chunks, batch, chunk, groups, shared, size]`, the first at position `first`, to the keys they can see."""
+    """Queries `[chunks, batch, chunk, groups, shared, size]`, the first at position `first`, to all keys they see."""
     count, _, chunk, *_ = queries.shape
     end = min(first + count * chunk, key.shape[1])
     key, value = key[:, :end], value[:, :end]

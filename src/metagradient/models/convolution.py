@@ -1,4 +1,4 @@
-"""The 3x3 convolution, in the exact form that is fastest where it is used (`benchmarks/convolution.py` has the table)."""
+"""The 3x3 convolution, in the exact form that is fastest where it is used: see `benchmarks/convolution.py`."""
 
 from typing import Literal
 

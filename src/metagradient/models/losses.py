@@ -10,9 +10,9 @@ _SLICE = 1024
 def chunked_cross_entropy(
     hidden: Array, matrix: Array, targets: Array, weights: Array | None = None, *, chunk: int = 64
 ) -> Array:
-    """Weighted cross-entropy of every token, `chunk` rows of logits at a time.
+    r"""Weighted cross-entropy of every token, `chunk` rows of logits at a time.
 
-    Token `i` costs $w_i (\\log \\sum_v e^{h_i \\cdot E_v} - h_i \\cdot E_{y_i})$. The backward rule is our own: it
+    Token `i` costs $w_i (\log \sum_v e^{h_i \cdot E_v} - h_i \cdot E_{y_i})$. The backward rule is our own: it
     rebuilds the logits of one chunk, and adds to the gradient of `matrix` in place, one slice of the vocabulary at a
     time. It is ordinary JAX code, so `jax.jvp` of `jax.grad` (the adjoint of a training step) carries the same chunks
     with their tangents, and so do `jax.linearize` of the gradient and a second reverse pass.

@@ -25,7 +25,7 @@ _DECODER: Mapping[LeafKind, tuple[float, float]] = MappingProxyType(
 )
 
 
-def parse_bytes(size: int | float | str) -> int:
+def parse_bytes(size: float | str) -> int:
     """A number of bytes, from a number or a text such as "4GB", "512 MiB", "1.5e9".
 
     Errors: `ScheduleError` for anything else, and for negative sizes.
@@ -80,9 +80,9 @@ class Memory:
 
     def __init__(
         self,
-        device: int | float | str | None = None,
-        host: int | float | str | None = None,
-        disk: int | float | str | None = None,
+        device: float | str | None = None,
+        host: float | str | None = None,
+        disk: float | str | None = None,
         path: Path | str | None = None,
     ):
         for tier, size in zip(TIERS, (device, host, disk), strict=True):
@@ -170,15 +170,15 @@ class Costs:
     @classmethod
     def on_paper(
         cls,
-        state_bytes: int | float | str,
+        state_bytes: float | str,
         step_seconds: float,
         *,
-        parameter_bytes: int | float | str | None = None,
-        activation_bytes: int | float | str | None = None,
+        parameter_bytes: float | str | None = None,
+        activation_bytes: float | str | None = None,
         adjoint_seconds: float | None = None,
-        working_bytes: int | float | str | None = None,
-        host_bandwidth: int | float | str | None = None,
-        disk_bandwidth: int | float | str | None = None,
+        working_bytes: float | str | None = None,
+        host_bandwidth: float | str | None = None,
+        disk_bandwidth: float | str | None = None,
     ) -> Self:
         """Costs of hardware that isn't here, with the ratios that were measured of a decoder where none are given.
 
@@ -223,7 +223,9 @@ class Costs:
         if not budget:
             return 0
         if tier not in self.save_seconds or tier not in self.restore_seconds:
-            raise ScheduleError(f"the {tier} has a budget, but no seconds: give save_seconds and restore_seconds for it")
+            raise ScheduleError(
+                f"the {tier} has a budget, but no seconds: give save_seconds and restore_seconds for it"
+            )
         return budget // self.state_bytes
 
     def room(self, device: int, *, transfers: bool) -> int:
@@ -247,9 +249,7 @@ class Costs:
         return self.advance_seconds if own is None else own
 
 
-def _transfers(
-    state: int, host_bandwidth: int | float | str | None, disk_bandwidth: int | float | str | None
-) -> dict[Tier, float]:
+def _transfers(state: int, host_bandwidth: float | str | None, disk_bandwidth: float | str | None) -> dict[Tier, float]:
     if host_bandwidth is None:
         if disk_bandwidth is not None:
             raise ScheduleError("a state reaches the disk through the host: give host_bandwidth too")
@@ -260,7 +260,7 @@ def _transfers(
     return seconds
 
 
-def _bandwidth(given: int | float | str) -> float:
+def _bandwidth(given: float | str) -> float:
     bandwidth = parse_bytes(given)
     _require_positive("a bandwidth", bandwidth)
     return bandwidth

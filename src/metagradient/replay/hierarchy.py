@@ -1,4 +1,4 @@
-r"""The cheapest reversal of a run over tiers of stored states: binomial on the device, dynamic programming across tiers.
+r"""The cheapest reversal of a run over tiers of stored states: binomial on the device, dynamic across tiers.
 
 All of it is numbers: seconds and bytes a segment, and segments. With $a$ the seconds of an advance, $w_k, r_k$ those of
 a save to and a restore from tier $k$, and $c$ free slots of it,
@@ -15,8 +15,8 @@ ACM Transactions on Mathematical Software 46(2); leaves of several segments, sha
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +44,16 @@ class Level:
         slots: states it may hold, at least 1.
         save_seconds: of one state.
         restore_seconds: of one state.
+        grain: segments between two places where it may store; a multiple of that of a faster tier.
+        reach: segments that it may be given to reverse at once; None leaves no limit.
     """
 
     tier: Tier
     slots: int
     save_seconds: float
     restore_seconds: float
+    grain: int = 1
+    reach: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,9 @@ class Problem:
         room: device bytes for stored states and kept segments; at least one kept segment.
         state_bytes: of a stored state.
         kept_bytes: of a kept segment.
-        slots: states stored on the device at once, at most. With `room` for fewer, fewer.
-        levels: slower tiers, the fastest first.
-        grain: segments between two places where a slower tier may store.
+        slots: states stored on the device at once, at most; None takes as many as `room` has place for.
+        levels: slower tiers, the fastest first. The last one's reach is the run.
+        reach: segments that the device may be given to reverse at once; None leaves no limit.
         closed: take the closed form on the device: binomial, with one segment a leaf. Else tabulate it.
     """
 
@@ -75,15 +79,16 @@ class Problem:
     room: int
     state_bytes: int
     kept_bytes: int
-    slots: int
+    slots: int | None = None
     levels: tuple[Level, ...] = ()
-    grain: int = 1
+    reach: int | None = None
     closed: bool = False
 
     @property
     def device_slots(self) -> int:
         """States that the device stores at most."""
-        return max(0, min(self.slots, self.segments - 1, (self.room - self.kept_bytes) // self.state_bytes))
+        fit = max(0, min(self.segments - 1, (self.room - self.kept_bytes) // self.state_bytes))
+        return fit if self.slots is None else min(fit, self.slots)
 
     def leaf(self, free: int) -> int:
         """Segments that can be kept at once while `free` device slots are."""
@@ -91,82 +96,140 @@ class Problem:
         return (self.room - stored * self.state_bytes) // self.kept_bytes
 
 
+class Block(NamedTuple):
+    """Segments that `Binomial(slots)` reverses on the device, from the working state at their start."""
+
+    segments: range
+    slots: int
+
+
 class _Table(NamedTuple):
-    """Seconds by free slots (rows) and segments (columns): `W` and `S` above, and the seconds without this tier."""
+    """Seconds by free slots (rows) and places (columns): `W` and `S` above, and the seconds without this tier.
+
+    One row, where there are slots for every place.
+    """
 
     fresh: np.ndarray
     stored: np.ndarray
     without: np.ndarray
+    advance: float
+    save: float
+    grain: int
+
+    def cut(self, segments: int, free: int, stored: bool) -> int:
+        """Segments to advance before the next state is stored in this tier; 0 to store no more in it.
+
+        Arguments:
+            segments: to reverse.
+            free: slots, without that of the start if it is `stored`.
+        """
+        others = free - (not stored)
+        n = -(-segments // self.grain)
+        if others < 0 or n < 2:
+            return 0
+        row, own = (others, others + 1) if len(self.fresh) > 1 else (0, 0)
+        terms = self.advance * np.arange(1, n) + self.stored[row, 1:n] + self.fresh[row, n - 1 : 0 : -1]
+        best = int(terms.argmin())
+        alone = self.without[own, n] <= terms[best] + (0.0 if stored else self.save)
+        return 0 if alone else self.grain * (best + 1)
+
+
+class _Solution(NamedTuple):
+    """The device's table, where it isn't needed None, and one for each slower tier; and the seconds of it all."""
+
+    device: _Table | None
+    slower: tuple[_Table, ...]
+    seconds: float
 
 
 @lru_cache(maxsize=16)
-def _tables(problem: Problem) -> tuple[_Table | None, tuple[_Table, ...]]:
-    """The device's table, None where it isn't needed, and one for each slower tier.
+def _solve(problem: Problem) -> _Solution:
+    """Tabulate a problem.
 
-    Cost: `N^2 / 2` operations a slot, with N the segments for the device, and `segments / grain` for slower tiers.
+    Cost: for every tier `N^2 / 2` operations a slot, or once where it has slots for all, with N its places.
     """
+    length = problem.segments
     device = None
-    columns = -(-problem.segments // problem.grain)
-    ends = np.minimum(problem.grain * np.arange(columns + 1), problem.segments)
-    if problem.closed:
-        slots = problem.device_slots
-        # Grain by grain, as only those are asked for.
-        seconds = np.array([_binomial_seconds(problem, n, slots) for n in ends.tolist()])
-    elif problem.leaf(problem.device_slots) >= problem.segments:
-        seconds = np.full(columns + 1, -problem.elided_seconds)
-    else:
-        free = np.arange(problem.device_slots + 1)
-        most = np.array([problem.leaf(m) for m in free.tolist()])
-        fits = np.arange(problem.segments + 1) <= most[:, None]
-        leaves = np.where(fits, -problem.elided_seconds, np.inf)
-        device = _table(leaves, problem.advance_seconds, 0.0, 0.0)
-        seconds = device.fresh[-1, ends]
-    slower = []
+    if not problem.closed and problem.leaf(problem.device_slots) < length:
+        device = _device(replace(problem, levels=()))
+
+    def faster(ends: np.ndarray) -> np.ndarray:
+        if device:
+            return _at(device, ends)
+        if problem.closed:
+            return np.array([_binomial_seconds(problem, n) for n in ends.tolist()], np.float32)
+        return np.full(ends.shape, -problem.elided_seconds, np.float32)
+
+    slower: list[_Table] = []
     for level in problem.levels:
-        slots = min(level.slots, columns - 1)
-        without = np.broadcast_to(seconds, (slots + 1, columns + 1))
-        advance = problem.grain * problem.advance_seconds
-        slower.append(_table(without, advance, level.save_seconds, level.restore_seconds))
-        seconds = slower[-1].fresh[-1]
-    return device, tuple(slower)
+        places = -(-min(length, level.reach or length) // level.grain)
+        seconds = faster(np.minimum(level.grain * np.arange(places + 1), length))
+        rows = level.slots + 1 if level.slots < places - 1 else 1
+        without = np.broadcast_to(seconds, (rows, places + 1))
+        advance = level.grain * problem.advance_seconds
+        table = _tabulate(without, advance, level.save_seconds, level.restore_seconds, level.grain)
+        slower.append(table)
+        faster = partial(_at, table)
+    return _Solution(device, tuple(slower), float(faster(np.array([length]))[0]))
 
 
-def _binomial_seconds(problem: Problem, segments: int, slots: int) -> float:
-    if segments <= 1:
-        return -problem.elided_seconds
-    if not slots:
+def _at(table: _Table, segments: np.ndarray) -> np.ndarray:
+    """Seconds with all slots, for runs of so many segments; infinite beyond the table's reach."""
+    column = -(-segments // table.grain)
+    known = table.fresh[-1]
+    return np.where(column < len(known), known[np.minimum(column, len(known) - 1)], np.float32(np.inf))
+
+
+@lru_cache(maxsize=4)
+def _device(problem: Problem) -> _Table:
+    most = np.array([problem.leaf(free) for free in range(problem.device_slots + 1)])
+    fits = np.arange(min(problem.segments, problem.reach or problem.segments) + 1) <= most[:, None]
+    leaves = np.where(fits, np.float32(-problem.elided_seconds), np.float32(np.inf))
+    return _tabulate(leaves, problem.advance_seconds, 0.0, 0.0, 1)
+
+
+def _binomial_seconds(problem: Problem, segments: int) -> float:
+    if segments > 1 and not problem.device_slots:
         return np.inf
-    return binomial_advances(segments, slots) * problem.advance_seconds - segments * problem.elided_seconds
+    advances = binomial_advances(segments, problem.device_slots) if segments > 1 else 0
+    return advances * problem.advance_seconds - segments * problem.elided_seconds
 
 
-def _table(without: np.ndarray, advance: float, save: float, restore: float) -> _Table:
+def _tabulate(without: np.ndarray, advance: float, save: float, restore: float, grain: int) -> _Table:
     rows, columns = without.shape
     fresh = without.copy()
-    stored = np.full((rows - 1, columns), np.inf)
+    # The rows with a slot less, and those with the slot of a start that is stored.
+    less, own, alone = (fresh[:-1], fresh[1:], without[1:]) if rows > 1 else (fresh, fresh, without)
+    stored = np.full(own.shape, np.inf, np.float32)
     # X's terms in j, gathered as they become known.
-    left = np.full((rows - 1, columns), np.inf)
-    sums = np.empty((rows - 1, columns))
-    for n in range(1, columns if rows > 1 else 0):
-        split = np.add(left[:, 1:n], fresh[:-1, n - 1 : 0 : -1], out=sums[:, : n - 1]).min(axis=1, initial=np.inf)
-        fresh[1:, n] = np.minimum(without[1:, n], save + split)
-        stored[:, n] = restore + np.minimum(without[1:, n], split)
+    left = np.full_like(stored, np.inf)
+    sums = np.empty_like(stored)
+    for n in range(1, columns):
+        split = np.add(left[:, 1:n], less[:, n - 1 : 0 : -1], out=sums[:, : n - 1]).min(axis=1, initial=np.inf)
+        own[:, n] = np.minimum(alone[:, n], save + split)
+        stored[:, n] = restore + np.minimum(alone[:, n], split)
         left[:, n] = advance * n + stored[:, n]
-    return _Table(fresh, stored, without)
+    return _Table(fresh, stored, without, advance, save, grain)
 
 
 def seconds(problem: Problem) -> float:
     """Seconds of the cheapest reversal beyond what every reversal takes (keeping and pulling back each segment once).
 
     Returns: advances, saves and restores, less what leaves elide; infinite where the problem has no solution.
+
+    >>> seconds(Problem(segments=10, advance_seconds=1.0, elided_seconds=0.0, room=4, state_bytes=1, kept_bytes=1))
+    15.0
     """
-    device, slower = _tables(problem)
-    if slower:
-        return float(slower[-1].fresh[-1, -1])
-    if device:
-        return float(device.fresh[-1, -1])
-    if problem.closed:
-        return _binomial_seconds(problem, problem.segments, problem.device_slots)
-    return -problem.elided_seconds
+    return _solve(problem).seconds
+
+
+def reversal(problem: Problem) -> Iterator[Action]:
+    """The actions of the cheapest reversal."""
+    for action in outline(problem):
+        if isinstance(action, Block):
+            yield from _shifted(Binomial(action.slots).actions(len(action.segments)), action.segments.start)
+        else:
+            yield action
 
 
 class _Node(NamedTuple):
@@ -178,35 +241,41 @@ class _Node(NamedTuple):
     stored: bool
 
 
-def reversal(problem: Problem) -> Iterator[Action]:
-    """The actions of the cheapest reversal.
+def outline(problem: Problem) -> Iterator[Action | Block]:
+    """The actions of the cheapest reversal, binomial parts in one piece.
 
     Where a leaf doesn't need the slot of its start, that is dropped after the pull-back, so that a crash resumes there.
     """
-    solution = _tables(problem)
+    solution = _solve(problem)
+    tables = (solution.device, *solution.slower)
+    slots = (problem.device_slots, *(level.slots for level in problem.levels))
     top = len(problem.levels)
-    stack = [_Node(range(problem.segments), top, _all_slots(problem, top), stored=False)]
+    stack = [_Node(range(problem.segments), top, slots[top], stored=False)]
     while stack:
-        node = stack.pop()
-        segments, level, free, stored = node
-        start = segments.start
+        segments, level, free, stored = stack.pop()
+        start, table = segments.start, tables[level]
         if stored:
             yield Restore(start)
-        if not level and problem.closed:
-            yield from _shifted(Binomial(max(1, problem.device_slots)), segments)
-        elif cut := _cut(problem, solution, node):
+        if table and (cut := table.cut(len(segments), free, stored)):
             if not stored:
                 yield Save(start, problem.levels[level - 1].tier if level else "device")
                 free -= 1
             yield Advance(start, start + cut)
             stack.append(_Node(range(start, start + cut), level, free, stored=True))
             stack.append(_Node(range(start + cut, segments.stop), level, free, stored=False))
-        elif level and not _is_leaf(problem, solution, segments, level):
+            continue
+        # Without slots of faster tiers, which are all free, the start needn't leave this one.
+        leaf = len(segments) <= (1 if problem.closed else problem.leaf(slots[0])) and not any(
+            table.cut(len(segments), n, stored=False) for table, n in zip(tables, slots[:level], strict=False) if table
+        )
+        if level and not leaf:
             if stored:
                 yield Drop(start)
-            stack.append(_Node(segments, level - 1, _all_slots(problem, level - 1), stored=False))
+            stack.append(_Node(segments, level - 1, slots[level - 1], stored=False))
+        elif problem.closed and not leaf:
+            yield Block(segments, problem.device_slots)
         else:
-            # A device slot counts towards what can be kept; that of its own start only if it is free.
+            # The device's slot of the start may be what the last kept segment needs.
             early = stored and not level and len(segments) > problem.leaf(free)
             if early:
                 yield Drop(start)
@@ -216,41 +285,9 @@ def reversal(problem: Problem) -> Iterator[Action]:
                 yield Drop(start)
 
 
-def _all_slots(problem: Problem, level: int) -> int:
-    if level:
-        return min(problem.levels[level - 1].slots, -(-problem.segments // problem.grain) - 1)
-    return problem.device_slots
-
-
-def _cut(problem: Problem, solution: tuple[_Table | None, tuple[_Table, ...]], node: _Node) -> int:
-    """Segments to advance before the next state is stored in this level; 0 to store none in it."""
-    device, slower = solution
-    level = node.level
-    table, grain = (slower[level - 1], problem.grain) if level else (device, 1)
-    free = node.free - (not node.stored)
-    n = -(-len(node.segments) // grain)
-    if table is None or free < 0 or n < 2:
-        return 0
-    save = problem.levels[level - 1].save_seconds if level and not node.stored else 0.0
-    j = np.arange(1, n)
-    terms = problem.advance_seconds * grain * j + table.stored[free, 1:n] + table.fresh[free, n - 1 : 0 : -1]
-    best = int(terms.argmin())
-    return 0 if table.without[free + 1, n] <= save + terms[best] else grain * (best + 1)
-
-
-def _is_leaf(
-    problem: Problem, solution: tuple[_Table | None, tuple[_Table, ...]], segments: range, level: int
-) -> bool:
-    """Whether segments whose start no level up to this one stores are kept at once."""
-    below = [_Node(segments, k, _all_slots(problem, k), stored=False) for k in range(level)]
-    fits = len(segments) == 1 if problem.closed else len(segments) <= problem.leaf(problem.device_slots)
-    return fits and not any(_cut(problem, solution, node) for node in below)
-
-
-def _shifted(schedule: Binomial, segments: range) -> Iterator[Action]:
-    """The actions of a schedule for part of a run."""
-    by = segments.start
-    for action in schedule.actions(len(segments)):
+def _shifted(actions: Iterator[Action], by: int) -> Iterator[Action]:
+    """The actions of a part of a run that starts at segment `by`."""
+    for action in actions:
         match action:
             case Advance(start, stop):
                 yield Advance(start + by, stop + by)

@@ -1,7 +1,7 @@
 """Schedules from a memory budget: the fewest predicted seconds that fit."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import inf, isqrt
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from metagradient.errors import ScheduleError
 from metagradient.replay.budget import Costs, LeafKind, Memory, format_bytes
-from metagradient.replay.hierarchy import Level, Problem, reversal, seconds
+from metagradient.replay.hierarchy import Block, Level, Problem, outline, reversal, seconds
 from metagradient.replay.schedule import (
     TIERS,
     Action,
@@ -28,13 +28,10 @@ from metagradient.replay.schedule import (
     Schedule,
     Tier,
     TwoLevel,
+    binomial_advances,
 )
 from metagradient.step.segment import Segment
 
-# Operations of one table of the planner, about a nanosecond each: longer segments, coarser places for slower tiers and
-# fewer device slots keep to it. Shares of the budget alone may not change them, or more memory could plan worse.
-_OPERATIONS = 6e7
-_PLACES = 800
 _WIDTH = 118
 
 
@@ -166,20 +163,20 @@ def plan(
         for tier in TIERS[1:]
         if (slots := costs.slots(tier, memory))
     )
-    best: dict[tuple[LeafKind, bool], _Candidate] = {}
-    for kind, length, used in product(kinds, lengths, {(), levels}):
-        for problem in _problems(costs, steps, device, kind, length, used):
-            candidate = _Candidate(_seconds(costs, steps, kind, length, problem), kind, length, problem)
-            rival = best.get((kind, bool(used)))
-            if candidate.seconds < (rival.seconds if rival else inf):
-                best[kind, bool(used)] = candidate
-    if not best:
+    search = _Search(costs, steps, device)
+    ways = [_Way(*way) for way in product(kinds, lengths, {(), levels})]
+    found = sorted(c for way in ways for c in search.candidates(way, _QUICK))
+    if not found:
         raise ScheduleError(_too_small(costs, steps, device, kinds, lengths[0], levels))
-    chosen, *others = sorted(best.values(), key=lambda candidate: candidate.seconds)
-    estimate = _estimate(costs, steps, chosen)
-    rejected = [_estimate(costs, steps, other) for other in others]
+    promising = dict.fromkeys(candidate.way for candidate in found[:_PROMISING])
+    found += [c for way in promising for effort in _THOROUGH for c in search.candidates(way, effort)]
+    # The cheapest of its kind, each: by leaf, and with or without slower tiers.
+    best = {(c.way.keep, bool(c.problem.levels)): c for c in sorted(found, reverse=True)}
+    chosen, *others = sorted(best.values())
+    estimate = search.estimate(chosen)
+    rejected = [search.estimate(other) for other in others]
     for schedule in (KeepAll(), TwoLevel()):
-        plain = price(schedule, costs, steps, length=chosen.length, keep=chosen.kind)
+        plain = price(schedule, costs, steps, length=chosen.way.length, keep=chosen.way.keep)
         if (plain.states, plain.bytes) != (estimate.states, estimate.bytes):
             rejected.append(plain)
     return Plan(steps, estimate, memory, tuple(sorted(rejected, key=lambda e: e.seconds)), chosen.problem)
@@ -200,22 +197,27 @@ def price(schedule: Schedule, costs: Costs, steps: int, *, length: int = 1, keep
     >>> price(KeepAll(), Costs.on_paper(8, 1.0), 100).seconds
     341.0
     """
-    segments = -(-steps // length)
+    return _walked(schedule.actions(-(-steps // length)), costs, steps, length, keep, type(schedule).__name__)
+
+
+def _walked(
+    actions: Iterable[Action | Block], costs: Costs, steps: int, length: int, keep: LeafKind, name: str
+) -> Estimate:
     leaf, ends = costs.leaves[keep], costs.elides(keep, length)
+    last = -(-steps // length) - 1
     stored: dict[int, Tier] = {}
     states, most = dict.fromkeys(TIERS, 0), dict.fromkeys(TIERS, 0)
-    advances = elided = walks = kept = room = 0
+    advances = elided = kept = room = 0
     transfers = 0.0
     before = None
-    for action in schedule.actions(segments):
+    for action in actions:
+        more_states = more_kept = 0
         match action:
             case Advance(start, stop):
                 advances += stop - start
-                walks += stop - start
             case Save(at, tier):
                 stored[at] = tier
                 states[tier] += 1
-                most[tier] = max(most[tier], states[tier])
                 transfers += costs.save_seconds.get(tier, 0.0)
             case Restore(at):
                 transfers += costs.restore_seconds.get(stored[at], 0.0)
@@ -223,92 +225,136 @@ def price(schedule: Schedule, costs: Costs, steps: int, *, length: int = 1, keep
                 states[stored.pop(at)] -= 1
             case Keep():
                 kept += 1
-                walks += 1
             case PullBack(segment):
                 # The objective asks for the end of the last segment, and a Keep that follows for that of any other.
-                elided += ends and isinstance(before, Keep) and segment < segments - 1
+                elided += ends and isinstance(before, Keep) and segment < last
                 kept -= 1
-                walks += 1
-        room = max(room, states["device"] * costs.state_bytes + kept * length * leaf.bytes)
+            case Block(segments, slots):
+                advances += binomial_advances(len(segments), slots)
+                elided += ends * (len(segments) - (segments.stop > last))
+                more_states, more_kept = min(slots, len(segments) - 1), 1
+        for tier in TIERS:
+            most[tier] = max(most[tier], states[tier] + (more_states if tier == "device" else 0))
+        device_states, device_kept = states["device"] + more_states, kept + more_kept
+        room = max(room, device_states * costs.state_bytes + device_kept * length * leaf.bytes)
         before = action
-    slower = any(most[tier] for tier in TIERS[1:])
-    used = {tier: most[tier] * costs.state_bytes for tier in TIERS}
-    used["device"] = room - costs.room(0, transfers=slower)
-    return Estimate(
-        name=_name(schedule, most),
-        keep=keep,
-        length=length,
-        forward_steps=advances * length + steps - elided,
-        adjoint_steps=steps,
-        states=most,
-        bytes=used,
-        seconds=advances * length * costs.a_step(keep)
+    used: dict[Tier, int] = {tier: most[tier] * costs.state_bytes for tier in TIERS}
+    used["device"] = room - costs.room(0, transfers=any(most[tier] for tier in TIERS[1:]))
+    seconds = (
+        advances * length * costs.a_step(keep)
         + (steps - elided) * leaf.step_seconds
         + steps * leaf.adjoint_seconds
         + transfers
-        + walks * costs.dispatch_seconds,
+        + (advances + 2 * (last + 1)) * costs.dispatch_seconds
     )
+    return Estimate(name, keep, length, advances * length + steps - elided, steps, most, used, seconds)
+
+
+class _Effort(NamedTuple):
+    """How long to look: operations a table, about a nanosecond each, and places a slower tier.
+
+    Neither depends on the budget: more memory must not plan worse.
+    """
+
+    operations: float
+    places: int
+
+
+_QUICK = _Effort(3e6, 250)
+_THOROUGH = (_Effort(4e7, 400), _Effort(4e7, 1200))
+_PROMISING = 2
+
+
+def _grained(segments: int, levels: tuple[Level, ...], effort: _Effort) -> Iterator[tuple[tuple[Level, ...], int]]:
+    """Levels with places for the effort, and the device's reach: the last level walks the run, faster ones parts."""
+    if not levels:
+        yield (), segments
+        return
+    coarse = -(-segments // effort.places)
+    for fine in {1, -(-coarse // 8), coarse}:
+        reach = min(segments, fine * effort.places)
+        last = fine * -(-coarse // fine)
+        yield (
+            tuple(
+                replace(level, slots=_tabled(level.slots, span // grain, effort), grain=grain, reach=span)
+                for level, grain, span in zip(
+                    levels, [fine] * (len(levels) - 1) + [last], [reach] * (len(levels) - 1) + [segments], strict=True
+                )
+            ),
+            reach,
+        )
+
+
+def _tabled(slots: int, places: int, effort: _Effort) -> int:
+    """As many slots as the effort has operations for; all, where there is one for every place."""
+    return slots if slots >= places else max(1, min(slots, int(2 * effort.operations / max(1, places) ** 2)))
+
+
+class _Way(NamedTuple):
+    keep: LeafKind
+    length: int
+    levels: tuple[Level, ...]
 
 
 class _Candidate(NamedTuple):
     seconds: float
-    kind: LeafKind
-    length: int
+    way: _Way
     problem: Problem
 
-
-def _estimate(costs: Costs, steps: int, candidate: _Candidate) -> Estimate:
-    schedule = _Solved(candidate.problem)
-    return price(schedule, costs, steps, length=candidate.length, keep=candidate.kind)
+    def __lt__(self, other: object) -> bool:
+        return isinstance(other, _Candidate) and self.seconds < other.seconds
 
 
 @dataclass(frozen=True, slots=True)
-class _Solved(Schedule):
-    problem: Problem
+class _Search:
+    costs: Costs
+    steps: int
+    device: int
 
-    def actions(self, segments: int) -> Iterator[Action]:
-        assert segments == self.problem.segments
-        return reversal(self.problem)
+    def candidates(self, way: _Way, effort: _Effort) -> Iterator[_Candidate]:
+        """What one way to compile segments and use tiers may come to; nothing where it doesn't fit."""
+        leaf = self.costs.leaves[way.keep]
+        segments = -(-self.steps // way.length)
+        always = self.steps * (leaf.step_seconds + leaf.adjoint_seconds) + 2 * segments * self.costs.dispatch_seconds
+        for problem in self._problems(way, effort):
+            # The last leaf's end is always asked for.
+            total = always + problem.elided_seconds + seconds(problem)
+            if total < inf:
+                yield _Candidate(total, way, problem)
 
+    def _problems(self, way: _Way, effort: _Effort) -> Iterator[Problem]:
+        keep, length, levels = way
+        costs, leaf = self.costs, self.costs.leaves[keep]
+        segments = -(-self.steps // length)
+        room, kept = costs.room(self.device, transfers=bool(levels)), length * leaf.bytes
+        if room < kept:
+            return
+        advance = length * costs.a_step(keep) + costs.dispatch_seconds
+        elided = leaf.step_seconds if costs.elides(keep, length) else 0.0
+        whole = Problem(segments, advance, elided, room, costs.state_bytes, kept)
+        if room >= segments * kept:
+            yield whole
+            return
+        # Keeping states is then no cheaper than storing them.
+        binomial = kept == costs.state_bytes and elided == advance
+        for grained, reach in _grained(segments, levels, effort):
+            slots = int(2 * effort.operations / reach**2)
+            if slots and not binomial:
+                yield replace(whole, levels=grained, reach=reach, slots=slots)
+            if binomial or slots < whole.device_slots:
+                yield replace(whole, levels=grained, closed=True)
 
-def _problems(
-    costs: Costs, steps: int, device: int, kind: LeafKind, length: int, levels: tuple[Level, ...]
-) -> Iterator[Problem]:
-    """What may be solved for one way to compile segments: exactly, or less and faster; nothing where none fits."""
-    segments = -(-steps // length)
-    room, kept = costs.room(device, transfers=bool(levels)), length * costs.leaves[kind].bytes
-    if room < kept:
-        return
-    advance = length * costs.a_step(kind) + costs.dispatch_seconds
-    elided = costs.leaves[kind].step_seconds if costs.elides(kind, length) else 0.0
-    grain = -(-segments // _PLACES)
-    most = max(1, int(2 * _OPERATIONS * grain**2 / segments**2))
-    levels = tuple(replace(level, slots=min(level.slots, most)) for level in levels)
-    whole = Problem(segments, advance, elided, room, costs.state_bytes, kept, segments, levels, grain)
-    if room >= segments * kept:
-        yield replace(whole, levels=())
-        return
-    slots = int(2 * _OPERATIONS / segments**2)
-    # Keeping states is then no cheaper than storing them.
-    binomial = kept == costs.state_bytes and elided == advance
-    if slots and not binomial:
-        yield replace(whole, slots=slots)
-    if binomial or slots < whole.device_slots:
-        yield replace(whole, closed=True)
-
-
-def _seconds(costs: Costs, steps: int, kind: LeafKind, length: int, problem: Problem) -> float:
-    leaf = costs.leaves[kind]
-    always = steps * (leaf.step_seconds + leaf.adjoint_seconds) + 2 * problem.segments * costs.dispatch_seconds
-    # The last leaf's end is always asked for.
-    return always + problem.elided_seconds + seconds(problem)
+    def estimate(self, candidate: _Candidate) -> Estimate:
+        way = candidate.way
+        walked = _walked(outline(candidate.problem), self.costs, self.steps, way.length, way.keep, "")
+        used = [f"{states} {tier}" for tier, states in walked.states.items() if states]
+        return replace(walked, name=" + ".join(used) or "keep all")
 
 
 def _lengths(steps: int) -> Iterable[int]:
-    for power in range(9):
-        for length in (2**power, 3 * 2 ** (power - 1)) if power else (1,):
-            near = range(max(1, length - length // 5), length + length // 5 + 1)
-            yield min((n for n in near if steps % n == 0), key=lambda n: abs(n - length), default=length)
+    for length in (2**power for power in range(9)):
+        near = range(length - length // 4, length + length // 4 + 1)
+        yield min((n for n in near if steps % n == 0), key=lambda n: abs(n - length), default=length)
 
 
 def _too_small(
@@ -329,45 +375,37 @@ def _too_small(
     )
 
 
-def _name(schedule: Schedule, states: Mapping[Tier, int]) -> str:
-    if not isinstance(schedule, _Solved):
-        return str(schedule)
-    used = [f"{states[tier]} on {tier}" for tier in TIERS if states[tier]]
-    return ", ".join(used) or "keep all"
-
-
 def _table(plan: Plan) -> Table:
-    """The plan and what it was chosen from; seconds as hours and minutes where there are many."""
-    title = f"{plan.steps} steps within " + ", ".join(
-        f"{format_bytes(budget)} on the {tier}" for tier, budget in _budgets(plan.memory).items() if budget
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("", "states stored", "keeps", "steps a segment", "forward", "adjoint", *TIERS, "seconds"):
-        table.add_column(name, justify="left" if name in ("", "states stored", "keeps") else "right", no_wrap=not name)
+    """The plan and what it was chosen from."""
+    budgets: dict[Tier, int] = {tier: getattr(plan.memory, tier) or 0 for tier in TIERS}
+    within = ", ".join(f"{format_bytes(budget)} {tier}" for tier, budget in budgets.items() if budget)
+    table = Table(title=f"{plan.steps} steps and adjoint steps within {within}", title_justify="left")
+    table.add_column("")
+    table.add_column("states stored")
+    table.add_column("kept of a step")
+    for name in ("segment", "forward steps", *TIERS, "time"):
+        table.add_column(name, justify="right", no_wrap=True)
     for estimate in (plan.estimate, *plan.rejected):
-        over = [tier for tier, budget in _budgets(plan.memory).items() if estimate.bytes[tier] > budget]
+        over = [tier for tier, budget in budgets.items() if estimate.bytes[tier] > budget]
+        chosen = estimate is plan.estimate
         table.add_row(
-            "chosen" if estimate is plan.estimate else f"{over[0]} full" if over else "slower",
+            "chosen" if chosen else f"over {over[0]}" if over else "slower",
             estimate.name,
             estimate.keep,
             str(estimate.length),
             str(estimate.forward_steps),
-            str(estimate.adjoint_steps),
             *(format_bytes(estimate.bytes[tier]) if estimate.bytes[tier] else "" for tier in TIERS),
             _duration(estimate.seconds),
-            style="bold" if estimate is plan.estimate else None,
+            style="bold" if chosen else None,
         )
     return table
 
 
-def _budgets(memory: Memory) -> dict[Tier, int]:
-    return {"device": memory.device or 0, "host": memory.host or 0, "disk": memory.disk or 0}
-
-
 def _duration(seconds: float) -> str:
-    if seconds < 1000:
-        return f"{seconds:.3g}"
-    return f"{seconds:.0f} ({seconds / 3600:.1f} h)" if seconds < 1e6 else f"{seconds:.3g} ({seconds / 86400:.1f} d)"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def free_bytes() -> int:

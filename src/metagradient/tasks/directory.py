@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from platform import platform, python_version
 from typing import Any
@@ -18,7 +19,7 @@ class RunDirectory:
 
     Arguments:
         path: the directory; made where absent.
-        config: a dataclass; written as a file that `--config` reads back.
+        config: a dataclass; all but its `out` is written, as a file that `--config` reads back.
 
     Errors: `ConfigError` where the directory holds a run already.
     """
@@ -28,7 +29,8 @@ class RunDirectory:
             raise ConfigError(f"{path} holds a run already: choose another --out, or delete it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if v is not None}
+        values = {k: v for k, v in asdict(config).items() if v is not None and k != "out"}
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         (path / "config.toml").write_text(tomli_w.dumps(plain))
         self.config = plain
 
@@ -47,11 +49,8 @@ class RunDirectory:
 
 def free_directory(name: str) -> Path:
     """The first of runs/name, runs/name-2, ... that holds no run."""
-    first = Path("runs") / name
-    number = 1
-    while (first.with_name(f"{name}-{number}") if number > 1 else first).exists():
-        number += 1
-    return first.with_name(f"{name}-{number}") if number > 1 else first
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(path for path in (Path("runs") / n for n in names) if not path.exists())
 
 
 def versions() -> dict[str, str]:

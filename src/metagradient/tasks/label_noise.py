@@ -20,6 +20,7 @@ from metagradient.descent import updates
 from metagradient.descent.loop import MetaStep, descend, fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.metaparameters import PerExample
+from metagradient.models import MLP, ResNet9
 from metagradient.report.figures import least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, write
 from metagradient.run import train
@@ -90,16 +91,21 @@ class _Recipe:
     """How a model is trained: everything that arms and seeds have in common, so that all run the same programs."""
 
     config: LabelNoise
-    model: tuple[Callable[[jax.Array], PyTree], Callable[[PyTree, jax.Array], jax.Array]]
+    model: MLP | ResNet9
     optimizer: optax.GradientTransformation
-    loss: Callable[[PyTree, PyTree, PyTree], jax.Array]
+    loss: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]]
 
     def training(self, arm: _Arm, seed: int) -> Training:
         """The arm's training at one seed, of initial parameters and order."""
         data = {"x": arm.images, "y": arm.labels}
         c = self.config
         batches = EpochBatches(data, batch=c.batch, steps=c.steps, seed=seed, rows=arm.rows)
-        return Training.from_loss(self.loss, self.optimizer, self.model[0](jax.random.key(seed)), batches)
+        init = self.model.init(jax.random.key(seed))
+        return Training.from_loss(self.loss, self.optimizer, init, batches, has_model_state=True)
+
+    def logits(self, state: TrainState, images: np.ndarray) -> jax.Array:
+        """What a trained model says of images, in evaluation mode."""
+        return self.model.apply(state.params, state.model_state, jnp.asarray(images), train=False)[0]
 
     def accuracy(self, arm: _Arm, held_out: Images, segment: Segment) -> np.ndarray:
         """Accuracy on held-out images, for every fresh seed."""
@@ -107,8 +113,7 @@ class _Recipe:
 
         def one(seed: int) -> float:
             state = train(self.training(arm, seed), z, segment=segment)
-            guess = self.model[1](state.params, jnp.asarray(held_out.images)).argmax(-1)
-            return float((guess == held_out.labels).mean())
+            return float((self.logits(state, held_out.images).argmax(-1) == held_out.labels).mean())
 
         return np.array([one(fresh_seed(self.config.seed, i)) for i in range(self.config.seeds)])
 
@@ -185,23 +190,28 @@ def _flipped(images: Images, share: float, rng: np.random.Generator) -> Images:
 
 
 def _recipe(config: LabelNoise, pool: Images) -> _Recipe:
-    build = _mlp
-    init, logits = build(pool.images.shape[1:], config.width, len(pool.classes))
+    classes, (*_, channels) = len(pool.classes), pool.images.shape
+    if config.data:
+        widths = (config.width, 2 * config.width, 4 * config.width)
+        model = ResNet9.smooth(classes=classes, channels=channels, widths=widths, pool_stem=True)
+    else:
+        model = MLP(sizes=(int(np.prod(pool.images.shape[1:])), config.width, classes))
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps), eps_root=1e-8)
 
-    def loss(params: PyTree, batch: PyTree, z: PyTree) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
-        return jnp.mean(z["weights"] * losses)
+    def loss(params: PyTree, model_state: PyTree, batch: PyTree, z: PyTree) -> tuple[jax.Array, PyTree]:
+        logits, model_state = model.apply(params, model_state, batch["x"], train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        return jnp.mean(z["weights"] * losses), model_state
 
-    return _Recipe(config, (init, logits), optimizer, loss)
+    return _Recipe(config, model, optimizer, loss)
 
 
 def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, directory: RunDirectory) -> list[MetaStep]:
-    config, logits = recipe.config, recipe.model[1]
+    config = recipe.config
 
     def mean_loss(state: TrainState, images: Images) -> jax.Array:
-        outputs = logits(state.params, jnp.asarray(images.images))
-        return optax.softmax_cross_entropy_with_integer_labels(outputs, images.labels).mean()
+        logits = recipe.logits(state, images.images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
     rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
     steps = descend(
@@ -325,23 +335,3 @@ def _page(
 def _given(pool: Images) -> np.ndarray:
     assert pool.observed is not None
     return pool.observed
-
-
-def _mlp(shape: tuple[int, ...], width: int, classes: int) -> tuple[Callable, Callable]:
-    """A network of one hidden layer: `(key -> parameters, (parameters, images) -> logits)`."""
-    inputs = int(np.prod(shape))
-
-    def init(key: jax.Array) -> PyTree:
-        first, second = jax.random.split(key)
-        return {
-            "w1": jax.random.normal(first, (inputs, width)) * (2 / inputs) ** 0.5,
-            "b1": jnp.zeros(width),
-            "w2": jax.random.normal(second, (width, classes)) * 0.3 * (2 / width) ** 0.5,
-            "b2": jnp.zeros(classes),
-        }
-
-    def logits(params: PyTree, x: jax.Array) -> jax.Array:
-        hidden = jax.nn.gelu(x.reshape(len(x), -1) @ params["w1"] + params["b1"])
-        return hidden @ params["w2"] + params["b2"]
-
-    return init, logits

@@ -1,0 +1,164 @@
+"""Memory-saving operations against their naive forms: value, gradient and the gradient's adjoint, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metagradient.models import causal_attention, chunked_cross_entropy, conv3x3
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def derivatives(operation, arguments, directions):
+    """Value, gradient, adjoint of the gradient (forward over reverse) and the same in reverse over reverse.
+
+    The sine makes the cotangent of the operation depend on its value, as it does inside a network.
+    """
+
+    def scalar(arguments):
+        value = operation(*arguments)
+        return jnp.sum(jnp.sin(value) * jnp.cos(jnp.arange(value.size)).reshape(value.shape))
+
+    gradient = jax.grad(scalar)
+    _, pull_back = jax.vjp(gradient, arguments)
+    return (
+        operation(*arguments),
+        gradient(arguments),
+        jax.jvp(gradient, (arguments,), (directions,))[1],
+        pull_back(directions)[0],
+    )
+
+
+def assert_same_derivatives(operation, naive, *shapes):
+    arguments = tuple(normal(seed, *shape) for seed, shape in enumerate(shapes))
+    directions = tuple(normal(10 + seed, *shape) for seed, shape in enumerate(shapes))
+    got = jax.jit(derivatives, static_argnums=0)(operation, arguments, directions)
+    expected = jax.jit(derivatives, static_argnums=0)(naive, arguments, directions)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype == jnp.float64
+        assert jnp.linalg.norm(theirs) > 1e-3
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def temporary_bytes(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+def gradient_and_adjoint(scalar, count):
+    """Programs of a gradient in `count` arguments, and of its adjoint, which takes as many directions after them."""
+    gradient = jax.grad(scalar, tuple(range(count)))
+
+    def adjoint(*arguments):
+        return jax.jvp(gradient, arguments[:count], arguments[count:])[1]
+
+    return gradient, adjoint
+
+
+# Cross-entropy
+
+
+def naive_cross_entropy(hidden, matrix, weights, targets):
+    logits = hidden @ matrix.T
+    picked = jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    return weights * (jax.nn.logsumexp(logits, 1) - picked)
+
+
+@pytest.mark.parametrize(
+    ("count", "vocabulary", "chunk"), [(12, 50, 4), (13, 3072, 5), (3, 2053, 64), (1, 2, 1)], ids=str
+)
+def test_cross_entropy_has_the_derivatives_of_the_naive_form(count, vocabulary, chunk):
+    targets = jnp.arange(count) * 7 % vocabulary
+    assert_same_derivatives(
+        lambda hidden, matrix, weights: chunked_cross_entropy(hidden, matrix, targets, weights, chunk=chunk),
+        lambda hidden, matrix, weights: naive_cross_entropy(hidden, matrix, weights, targets),
+        (count, 6),
+        (vocabulary, 6),
+        (count,),
+    )
+
+
+def test_cross_entropy_weighs_every_token_one_by_default_and_ignores_weightless_targets():
+    hidden, matrix = normal(0, 4, 3), normal(1, 10, 3)
+    targets = jnp.array([1, -100, 9, 0])
+    weights = jnp.array([1.0, 0.0, 1.0, 1.0])
+    losses = chunked_cross_entropy(hidden, matrix, targets, weights, chunk=3)
+    np.testing.assert_allclose(losses, naive_cross_entropy(hidden, matrix, weights, targets.at[1].set(0)), rtol=1e-12)
+    unweighted = chunked_cross_entropy(hidden, matrix, targets, chunk=3)
+    np.testing.assert_array_equal(unweighted[weights > 0], losses[weights > 0])
+
+
+def test_cross_entropy_holds_no_second_copy_of_the_logits():
+    count, vocabulary, width = 1024, 49_152, 64
+    targets = jnp.zeros(count, int)
+    shapes = (count, width), (vocabulary, width), (count,)
+    gradient, adjoint = gradient_and_adjoint(
+        lambda hidden, matrix, weights: chunked_cross_entropy(hidden, matrix, targets, weights).sum(), 3
+    )
+    naive, _ = gradient_and_adjoint(lambda *arguments: naive_cross_entropy(*arguments, targets).sum(), 3)
+    adjoint_bytes = temporary_bytes(adjoint, *shapes, *shapes)
+    assert adjoint_bytes <= 1.5 * temporary_bytes(gradient, *shapes)
+    assert adjoint_bytes <= 0.2 * temporary_bytes(naive, *shapes)
+    assert adjoint_bytes < 4 * count * vocabulary
+
+
+# Attention
+
+
+def naive_attention(query, key, value):
+    length, shared = query.shape[1], query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, shared, 2), jnp.repeat(value, shared, 2)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1])
+    scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 4), (6, 64), (11, 2), (16, 4), (17, 4)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_attention_has_the_derivatives_of_the_naive_form(length, chunk, heads, key_heads):
+    assert_same_derivatives(
+        lambda *arguments: causal_attention(*arguments, chunk=chunk),
+        naive_attention,
+        (2, length, heads, 5),
+        (2, length, key_heads, 5),
+        (2, length, key_heads, 5),
+    )
+
+
+def test_attention_never_holds_a_full_matrix_of_scores():
+    length, heads = 2048, 4
+    shapes = ((1, length, heads, 16),) * 3
+    gradient, adjoint = gradient_and_adjoint(lambda *arguments: (causal_attention(*arguments) ** 2).sum(), 3)
+    one_matrix = 4 * heads * length**2
+    assert temporary_bytes(gradient, *shapes) < 0.4 * one_matrix
+    assert temporary_bytes(adjoint, *shapes, *shapes) < 0.8 * one_matrix
+
+
+# Convolution
+
+
+def naive_convolution(x, kernel):
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(
+        jnp.einsum("bhwc,co->bhwo", padded[:, row : row + height, column : column + width], kernel[row, column])
+        for row in range(3)
+        for column in range(3)
+    )
+
+
+@pytest.mark.parametrize("method", ["auto", "direct", "patches"])
+@pytest.mark.parametrize("channels", [3, 5])
+def test_convolution_has_the_derivatives_of_the_naive_form(method, channels):
+    assert_same_derivatives(
+        lambda x, kernel: conv3x3(x, kernel, method=method), naive_convolution, (2, 6, 4, channels), (3, 3, channels, 7)
+    )
