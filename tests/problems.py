@@ -139,7 +139,6 @@ def mean(trees: list[Any]) -> Any:
 def _reference_step(loss: Any, made: Any, has_model_state: bool, microbatches: int) -> Any:
     """A step, compiled once for all problems that share it."""
 
-    @jax.jit
     def step(carry: Any, z: Any, t: Any, batch: Any) -> Any:
         params, opt_state, model_state = carry
         size, m = jax.tree.leaves(batch)[0].shape[0], microbatches
@@ -158,10 +157,10 @@ def _reference_step(loss: Any, made: Any, has_model_state: bool, microbatches: i
         updates, opt_state = _optimiser(made, z, t, batch).update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, model_state
 
-    return step
+    return jax.jit(step)
 
 
-def _optimiser(made: Any, z: Any, t: Any, batch: Any) -> Any:
+def _optimiser(made: Any, z: Any, t: Any, batch: Any) -> optax.GradientTransformation:
     return made if isinstance(made, optax.GradientTransformation) else made(seen(z, t, batch.get("index")))
 
 

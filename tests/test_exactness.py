@@ -40,7 +40,7 @@ from problems import (
 
 import metagradient as mg
 from metagradient import Segment
-from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
+from metagradient.schedule import Binomial, KaryTree, KeepAll, Schedule, TwoLevel
 
 STEPWISE, TREE = Segment(1, "steps", "state"), KaryTree(2, "host")
 SCHEDULES = [KeepAll()]
@@ -61,7 +61,7 @@ def known(name):
     return problem, reference(problem)
 
 
-def metagradient(problem, *, training=None, schedule=TREE, segment=STEPWISE, window=None):
+def metagradient(problem, *, training=None, schedule: Schedule = TREE, segment=STEPWISE, window=None):
     training = training or problem.training()
     function = mg.value_and_metagrad(training, problem.objective, schedule=schedule, segment=segment, window=window)
     return function(problem.z)

@@ -205,7 +205,7 @@ def test_objectives_of_the_wrong_kind(name, ran):
 
 def test_an_objective_over_no_batch():
     with pytest.raises(StructureError, match="at least one batch"):
-        mg.mean_over([], lambda state, batch: 0.0)
+        mg.mean_over([], lambda state, batch: jnp.zeros(()))
 
 
 # Steps and losses.
@@ -227,7 +227,7 @@ def test_steps_that_return_another_state(name, ran):
 
 def test_a_state_without_leaves(ran):
     with refused(ran, StructureError, "initial state"):
-        mg.value_and_metagrad(mg.Training({}, counted(lambda s, b, z: s, ran), BATCHES), lambda s, z: 0.0)(Z)
+        mg.value_and_metagrad(mg.Training({}, counted(lambda s, b, z: s, ran), BATCHES), lambda s, z: jnp.zeros(()))(Z)
 
 
 def digits(ran, loss=digit_loss, **changes):

@@ -14,7 +14,7 @@ Source: Herrmann & Pallez 2020, "H-Revolve: A Framework for Adjoint Computation 
 ACM Transactions on Mathematical Software 46(2); leaves of several segments, sharing the device's bytes, are ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -106,7 +106,7 @@ class Block(NamedTuple):
 class _Table(NamedTuple):
     """Seconds by free slots (rows) and places (columns): `W` and `S` above, and the seconds without this tier.
 
-    One row, where there are slots for every place.
+    Unless `bounded`, there are slots for every place, and one row.
     """
 
     fresh: np.ndarray
@@ -115,6 +115,7 @@ class _Table(NamedTuple):
     advance: float
     save: float
     grain: int
+    bounded: bool
 
     def cut(self, segments: int, free: int, stored: bool) -> int:
         """Segments to advance before the next state is stored in this tier; 0 to store no more in it.
@@ -127,7 +128,7 @@ class _Table(NamedTuple):
         n = -(-segments // self.grain)
         if others < 0 or n < 2:
             return 0
-        row, own = (others, others + 1) if len(self.fresh) > 1 else (0, 0)
+        row, own = (others, others + 1) if self.bounded else (0, 0)
         terms = self.advance * np.arange(1, n) + self.stored[row, 1:n] + self.fresh[row, n - 1 : 0 : -1]
         best = int(terms.argmin())
         alone = self.without[own, n] <= terms[best] + (0.0 if stored else self.save)
@@ -153,21 +154,21 @@ def _solve(problem: Problem) -> _Solution:
     if not problem.closed and problem.leaf(problem.device_slots) < length:
         device = _device(replace(problem, levels=()))
 
-    def faster(ends: np.ndarray) -> np.ndarray:
+    def on_device(segments: np.ndarray) -> np.ndarray:
         if device:
-            return _at(device, ends)
+            return _at(device, segments)
         if problem.closed:
-            return np.array([_binomial_seconds(problem, n) for n in ends.tolist()], np.float32)
-        return np.full(ends.shape, -problem.elided_seconds, np.float32)
+            return np.array([_binomial_seconds(problem, n) for n in segments.tolist()], np.float32)
+        return np.full(segments.shape, -problem.elided_seconds, np.float32)
 
+    faster: Callable[[np.ndarray], np.ndarray] = on_device
     slower: list[_Table] = []
     for level in problem.levels:
         places = -(-min(length, level.reach or length) // level.grain)
         seconds = faster(np.minimum(level.grain * np.arange(places + 1), length))
-        rows = level.slots + 1 if level.slots < places - 1 else 1
-        without = np.broadcast_to(seconds, (rows, places + 1))
-        advance = level.grain * problem.advance_seconds
-        table = _tabulate(without, advance, level.save_seconds, level.restore_seconds, level.grain)
+        bounded = level.slots < places - 1
+        without = np.broadcast_to(seconds, (level.slots + 1 if bounded else 1, places + 1))
+        table = _tabulate(problem, without, level.save_seconds, level.restore_seconds, level.grain, bounded)
         slower.append(table)
         faster = partial(_at, table)
     return _Solution(device, tuple(slower), float(faster(np.array([length]))[0]))
@@ -185,7 +186,7 @@ def _device(problem: Problem) -> _Table:
     most = np.array([problem.leaf(free) for free in range(problem.device_slots + 1)])
     fits = np.arange(min(problem.segments, problem.reach or problem.segments) + 1) <= most[:, None]
     leaves = np.where(fits, np.float32(-problem.elided_seconds), np.float32(np.inf))
-    return _tabulate(leaves, problem.advance_seconds, 0.0, 0.0, 1)
+    return _tabulate(problem, leaves, 0.0, 0.0, 1, bounded=True)
 
 
 def _binomial_seconds(problem: Problem, segments: int) -> float:
@@ -195,21 +196,21 @@ def _binomial_seconds(problem: Problem, segments: int) -> float:
     return advances * problem.advance_seconds - segments * problem.elided_seconds
 
 
-def _tabulate(without: np.ndarray, advance: float, save: float, restore: float, grain: int) -> _Table:
-    rows, columns = without.shape
+def _tabulate(problem: Problem, without: np.ndarray, save: float, restore: float, grain: int, bounded: bool) -> _Table:
+    advance = grain * problem.advance_seconds
     fresh = without.copy()
     # The rows with a slot less, and those with the slot of a start that is stored.
-    less, own, alone = (fresh[:-1], fresh[1:], without[1:]) if rows > 1 else (fresh, fresh, without)
+    less, own, alone = (fresh[:-1], fresh[1:], without[1:]) if bounded else (fresh, fresh, without)
     stored = np.full(own.shape, np.inf, np.float32)
     # X's terms in j, gathered as they become known.
     left = np.full_like(stored, np.inf)
     sums = np.empty_like(stored)
-    for n in range(1, columns):
+    for n in range(1, fresh.shape[1] if len(own) else 0):
         split = np.add(left[:, 1:n], less[:, n - 1 : 0 : -1], out=sums[:, : n - 1]).min(axis=1, initial=np.inf)
         own[:, n] = np.minimum(alone[:, n], save + split)
         stored[:, n] = restore + np.minimum(alone[:, n], split)
         left[:, n] = advance * n + stored[:, n]
-    return _Table(fresh, stored, without, advance, save, grain)
+    return _Table(fresh, stored, without, advance, save, grain, bounded)
 
 
 def seconds(problem: Problem) -> float:

@@ -136,7 +136,8 @@ def _axes(width: float, height: float) -> tuple[Canvas, Any]:
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, labelcolor=_INK)
+    # Above the axes: a search for the best place inside takes time, and warns on a busy machine.
+    axes.legend(frameon=False, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0)
 
 
 def _figure(canvas: Canvas, caption: str, alt: str) -> Figure:
