@@ -170,10 +170,10 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
     Arguments:
         window: no cotangent passes the state before the last `window` steps, or reaches what earlier steps saw of z.
     """
-    step = _reference_step(problem.loss, problem.optimizer, problem.has_model_state, problem.microbatches)
+    step: Any = _reference_step(problem.loss, problem.optimizer, problem.has_model_state, problem.microbatches)
 
     def run(z: Any) -> Any:
-        given = problem.init(z) if callable(problem.init) else problem.init
+        given: Any = problem.init(z) if callable(problem.init) else problem.init
         params, model_state = given if problem.has_model_state else (given, None)
         params = jax.tree.map(jnp.asarray, params)
         opt_state = _optimiser(problem.optimizer, z, 0, problem.batches[0]).init(params)
@@ -189,12 +189,7 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
 
 def reference(problem: Problem, window: int | None = None) -> tuple[jax.Array, Any]:
     """Value and gradient of `unrolled`, in the structure of z."""
-    # It takes a dozen steps: compiling it costs more than running it.
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return jax.value_and_grad(unrolled(problem, window))(jax.tree.map(jnp.asarray, problem.z))
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    return jax.value_and_grad(unrolled(problem, window))(jax.tree.map(jnp.asarray, problem.z))
 
 
 def assert_same(found: Any, expected: Any, tolerance: float = 1e-10) -> None:

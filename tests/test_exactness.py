@@ -48,10 +48,13 @@ for tier in ("device", "host"):
     SCHEDULES += [TwoLevel(tier=tier), KaryTree(2, tier), KaryTree(3, tier), Binomial(1, tier), Binomial(3, tier)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def float64():
+    # Runs are a dozen steps: compiling them with care costs more than they do, and these tests ask for no speed.
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from problems import CONVOLUTIONS, LAYERS, Problem
+from problems import LAYERS, Problem
 from worker import serve
 
 import metagradient as mg
+from metagradient.models import conv3x3
 
 Params = dict[str, jax.Array]
+Run = Callable[[], dict[str, np.ndarray]]
 
 CONTENDERS: dict[str, tuple[mg.schedule.Schedule, mg.Segment | None]] = {
     "keep all": (mg.schedule.KeepAll(), None),
@@ -30,15 +32,14 @@ CONTENDERS: dict[str, tuple[mg.schedule.Schedule, mg.Segment | None]] = {
 
 
 def mlp(p: Params, x: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+    return jax.nn.gelu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
 
 
 def convnet(p: Params, x: jax.Array) -> jax.Array:
     def block(name: str, x: jax.Array) -> jax.Array:
-        assert name in CONVOLUTIONS
-        x = lax.conv_general_dilated(x, p[f"{name}_w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = conv3x3(x, p[f"{name}_w"])
         mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        return jax.nn.relu((x - mean) * lax.rsqrt(variance + 1e-5) * p[f"{name}_scale"] + p[f"{name}_bias"])
+        return jax.nn.gelu((x - mean) * lax.rsqrt(variance + 1e-5) * p[f"{name}_scale"] + p[f"{name}_bias"])
 
     def pool(x: jax.Array) -> jax.Array:  # [b, h, w, c] -> [b, h/2, w/2, c]
         b, h, w, c = x.shape
@@ -69,15 +70,14 @@ def decoder(p: Params, x: jax.Array) -> jax.Array:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
         mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)), v)
         h = h + dense(f"layer{i}_out", mixed.reshape(b, s, -1))
-        inner = jax.nn.gelu(dense(f"layer{i}_up", norm(f"layer{i}_norm2", h)), approximate=True)
-        h = h + dense(f"layer{i}_down", inner)
+        h = h + dense(f"layer{i}_down", jax.nn.gelu(dense(f"layer{i}_up", norm(f"layer{i}_norm2", h))))
     return norm("norm", h) @ p["head_w"]
 
 
 MODELS: dict[str, Callable[[Params, jax.Array], jax.Array]] = {"mlp": mlp, "convnet": convnet, "decoder": decoder}
 
 
-def metagradient(problem: Problem, contender: str) -> Callable[[], dict[str, np.ndarray]]:
+def metagradient(problem: Problem, contender: str) -> Run:
     schedule, segment = CONTENDERS[contender]
     dtype = jnp.float64 if contender == "float64" else jnp.float32
     model, optimizer = MODELS[problem.settings.model], adamw(problem)
@@ -116,7 +116,7 @@ def adamw(problem: Problem) -> optax.GradientTransformation:
     return optax.adamw(s.rate, eps=s.eps, eps_root=s.eps_root, weight_decay=s.decay)
 
 
-def plain(problem: Problem) -> Callable[[], dict[str, np.ndarray]]:
+def plain(problem: Problem) -> Run:
     """Training alone, compiled as one loop or a step at a time, whichever is faster."""
     model, optimizer = MODELS[problem.settings.model], adamw(problem)
 
@@ -163,7 +163,7 @@ def plain(problem: Problem) -> Callable[[], dict[str, np.ndarray]]:
 def main(contender: str, problem: str, results: str) -> None:
     jax.config.update("jax_enable_x64", contender == "float64")
 
-    def prepare() -> Callable[[], dict[str, np.ndarray]]:
+    def prepare() -> Run:
         read = Problem.read(Path(problem))
         return plain(read) if contender == "plain" else metagradient(read, contender)
 

@@ -18,17 +18,22 @@ from torch.nn import functional as F  # noqa: N812
 from worker import serve
 
 Params = dict[str, Tensor]
+Run = Callable[[], dict[str, np.ndarray]]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def mlp(p: Params, x: Tensor) -> Tensor:
-    return torch.addmm(p["b2"], torch.addmm(p["b1"], x, p["w1"]).tanh(), p["w2"])
+    return torch.addmm(p["b2"], gelu(torch.addmm(p["b1"], x, p["w1"])), p["w2"])
 
 
 def convnet(p: Params, x: Tensor) -> Tensor:
     def block(name: str, x: Tensor) -> Tensor:
         x = F.conv2d(x, p[f"{name}_w"], padding=1)
         scale, bias = p[f"{name}_scale"], p[f"{name}_bias"]
-        return F.batch_norm(x, None, None, scale, bias, training=True, eps=1e-5).relu()
+        return gelu(F.batch_norm(x, None, None, scale, bias, training=True, eps=1e-5))
 
     x = F.avg_pool2d(block("conv2", block("conv1", x)), 2)
     x = x + block("res1b", block("res1a", x))
@@ -53,8 +58,7 @@ def decoder(p: Params, x: Tensor) -> Tensor:
         scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
         mixed = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
         h = h + dense(f"layer{i}_out", mixed)
-        inner = F.gelu(dense(f"layer{i}_up", norm(f"layer{i}_norm2", h)), approximate="tanh")
-        h = h + dense(f"layer{i}_down", inner)
+        h = h + dense(f"layer{i}_down", gelu(dense(f"layer{i}_up", norm(f"layer{i}_norm2", h))))
     return F.linear(norm("norm", h), p["head_w"].T)
 
 
@@ -110,7 +114,7 @@ def _results(value: Tensor, weights: Tensor, params: Params) -> dict[str, np.nda
     return {"value": value.detach().numpy(), "weights": weights.detach().numpy(), **final}
 
 
-def plain(problem: Problem) -> Callable[[], dict[str, np.ndarray]]:
+def plain(problem: Problem) -> Run:
     """Eager training with PyTorch's own fused AdamW (which has no epsilon inside the root)."""
     s, batches = problem.settings, _batches(problem)
 
@@ -126,7 +130,7 @@ def plain(problem: Problem) -> Callable[[], dict[str, np.ndarray]]:
     return run
 
 
-def torchopt_unrolled(problem: Problem, accelerated: bool) -> Callable[[], dict[str, np.ndarray]]:
+def torchopt_unrolled(problem: Problem, accelerated: bool) -> Run:
     """TorchOpt's differentiable AdamW, with the graph of the whole run kept."""
     import torchopt
 
@@ -151,7 +155,7 @@ def torchopt_unrolled(problem: Problem, accelerated: bool) -> Callable[[], dict[
     return run
 
 
-def bergson(problem: Problem, save_mode: str) -> Callable[[], dict[str, np.ndarray]]:
+def bergson(problem: Problem, save_mode: str) -> Run:
     """bergson's metagradient, driven as its own command line drives it (`bergson.magic.cli`), without its files."""
     import torchopt
     from bergson.magic import BackwardState, DataStream, Trainer
@@ -188,7 +192,7 @@ def bergson(problem: Problem, save_mode: str) -> Callable[[], dict[str, np.ndarr
     return run
 
 
-CONTENDERS: dict[str, Callable[[Problem], Callable[[], dict[str, np.ndarray]]]] = {
+CONTENDERS: dict[str, Callable[[Problem], Run]] = {
     "plain": plain,
     "torchopt": lambda problem: torchopt_unrolled(problem, accelerated=False),
     "torchopt, accelerated": lambda problem: torchopt_unrolled(problem, accelerated=True),

@@ -31,13 +31,13 @@ class Settings:
 
 
 PROBLEMS = {
-    "mlp": Settings("mlp", steps=256, batch=256, rate=3e-3, repeats=5),
-    "convnet": Settings("convnet", steps=9, batch=32, rate=1e-3, repeats=3),
+    "mlp": Settings("mlp", steps=144, batch=256, rate=3e-3, repeats=5),
+    "convnet": Settings("convnet", steps=9, batch=16, rate=1e-3, repeats=3),
     "decoder": Settings("decoder", steps=9, batch=4, rate=1e-3, repeats=3),
 }
 
 DESCRIPTIONS = {
-    "mlp": "MLP 64-128-10, tanh, scikit-learn's digits",
+    "mlp": "MLP 64-128-10 on scikit-learn's digits",
     "convnet": "ResNet-9-like, widths 32-64-128, batch norm (statistics of the batch), CIFAR-10 32x32",
     "decoder": "decoder LM, 4 layers, d 256, 4 heads, sequence 128, vocabulary 4096, synthetic tokens",
 }

@@ -100,23 +100,21 @@ class Metagradient:
         start = perf_counter()
         with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
             z = canonical(z)
-            run = Run.prepared(
-                self.training, z, self._chosen.get("segment", self.segment), self.window, first=not self._chosen
-            )
+            run = Run.prepared(self.training, z, self.window, first=not self._chosen)
             check_objective(self.objective, self.vector, run.state, z)
-            self._chosen["segment"] = run.segment
+            segment = self._chosen["segment"] = run.chosen(self._chosen.get("segment", self.segment))
             try:
-                found = self._traverse(run, z, careful=False)
+                found = self._traverse(run, segment, z, careful=False)
             except NotFinite:
-                self._traverse(run, z, careful=True)
+                self._traverse(run, segment, z, careful=True)
                 raise NonFiniteError("a non-finite value appeared, but not again in a careful second run") from None
             run.contract.still_holds()
         stats = replace(found.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
         return replace(found, stats=stats)
 
-    def _traverse(self, run: Run, z: PyTree, *, careful: bool) -> Evaluation:
-        runner = run.runner(self.vector)
-        schedule = self.schedule or affordable(len(runner), run.segment, nbytes(run.state))
+    def _traverse(self, run: Run, segment: Segment, z: PyTree, *, careful: bool) -> Evaluation:
+        runner = run.runner(segment, queries=self.vector)
+        schedule = self.schedule or affordable(len(runner), segment, nbytes(run.state))
         final: list[PyTree] = []
 
         def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
@@ -137,8 +135,8 @@ class Metagradient:
 
         with Progress(self.progress) as progress, Stores() as stores:
             cost = simulate(schedule, len(runner))
-            progress.expect("forward", (runner.before + cost.advances + cost.keeps) * run.segment.length)
-            progress.expect("adjoint", len(runner) * run.segment.length)
+            progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
+            progress.expect("adjoint", len(runner) * segment.length)
             traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, careful)
             if self.verify:
                 traversal.rehearse(run.state)
@@ -150,7 +148,7 @@ class Metagradient:
             (start,) = jax.vmap(vjp)(cotangent) if self.vector else vjp(cotangent)
             grad = jax.tree.map(jnp.add, grad, start)
         _check_finite(grad)
-        return Evaluation(value, grad, _stats(traversal, run.segment, schedule), final[0])
+        return Evaluation(value, grad, _stats(traversal, segment, schedule), final[0])
 
 
 def value_and_metagrad(

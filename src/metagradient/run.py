@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Self
 
 import jax
+import numpy as np
 
-from metagradient.errors import PrecisionError, StructureError
+from metagradient.errors import ImpureStepError, PrecisionError, StructureError
 from metagradient.metaparameters import canonical, wrapped
 from metagradient.progress import Progress
+from metagradient.replay.fingerprint import fingerprint
 from metagradient.step.choose import choose
 from metagradient.step.contract import Contract, check_steps
 from metagradient.step.feed import Feed
@@ -29,7 +31,6 @@ class Run:
         feed: its batches.
         state: its initial state.
         contract: its step, traced.
-        segment: how steps are compiled.
         begin: first differentiated step.
     """
 
@@ -37,18 +38,15 @@ class Run:
     feed: Feed
     state: PyTree
     contract: Contract
-    segment: Segment
     begin: int
 
     @classmethod
-    def prepared(
-        cls, training: Training, z: PyTree, segment: Segment | int | None, window: int | None, *, first: bool = True
-    ) -> Self:
+    def prepared(cls, training: Training, z: PyTree, window: int | None = None, *, first: bool = True) -> Self:
         """Check everything that can be known before compute is spent.
 
         Arguments:
             z: canonical metaparameters.
-            segment, window: as in `value_and_metagrad`.
+            window: as in `value_and_metagrad`.
             first: whether this training was not checked before.
         """
         steps = len(training.batches)
@@ -59,13 +57,20 @@ class Run:
             raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
         check_steps(kinds, steps)
         state = training.initial(z)
+        if training.starts_from_z and not np.array_equal(*(fingerprint(s)[0] for s in (state, training.initial(z)))):
+            raise ImpureStepError(
+                "init gave another state the second time: it draws on something outside z. Use a key made of a fixed seed"
+            )
         contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
-        begin = 0 if window is None else steps - window
-        return cls(training, feed, state, contract, choose(training.rule, segment, feed, kinds, state, begin), begin)
+        return cls(training, feed, state, contract, 0 if window is None else steps - window)
 
-    def runner(self, queries: bool = False) -> Runner:
+    def chosen(self, segment: Segment | int | None) -> Segment:
+        """How to compile its steps, measured where `segment` leaves it open."""
+        return choose(self.training.rule, segment, self.feed, self.feed.z, self.state, self.begin)
+
+    def runner(self, segment: Segment, *, queries: bool = False) -> Runner:
         """A walker at the start of the run."""
-        return Runner(self.training.rule, self.segment, self.feed, self.feed.z, queries, self.begin)
+        return Runner(self.training.rule, segment, self.feed, self.feed.z, queries, self.begin)
 
 
 def train(training: Training, z: PyTree, *, segment: Segment | int | None = None, progress: bool = False) -> PyTree:
@@ -88,8 +93,8 @@ def train(training: Training, z: PyTree, *, segment: Segment | int | None = None
     """
     with full_precision(training.allow_low_precision):
         z = canonical(z)
-        run = Run.prepared(training, z, segment or Segment(1, "steps", "state"), None)
-        runner, state = run.runner(), run.state
+        run = Run.prepared(training, z)
+        runner, state = run.runner(run.chosen(segment or Segment(1, "steps", "state"))), run.state
         with Progress(progress) as bar:
             bar.expect("forward", len(training.batches))
             for i in range(len(runner)):

@@ -19,7 +19,7 @@ KINDS: tuple[LeafKind, ...] = get_args(LeafKind)
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\s*(?:([kmgtpe])(i?)b?|b|)\s*", re.IGNORECASE)
 _PREFIXES = "kmgtpe"
 
-# Seconds of a decoder's leaf in plain steps, as measured in docs of the engine: a step that keeps, and the adjoint.
+# Measured on a small decoder: a step that keeps, and its adjoint, in plain steps.
 _DECODER: Mapping[LeafKind, tuple[float, float]] = MappingProxyType(
     {"state": (1.0, 2.41), "gradient": (1.0, 2.45), "linearisation": (1.33, 1.84)}
 )

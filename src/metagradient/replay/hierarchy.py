@@ -219,7 +219,7 @@ def seconds(problem: Problem) -> float:
     Returns: advances, saves and restores, less what leaves elide; infinite where the problem has no solution.
 
     >>> seconds(Problem(segments=10, advance_seconds=1.0, elided_seconds=0.0, room=4, state_bytes=1, kept_bytes=1))
-    15.0
+    9.0
     """
     return _solve(problem).seconds
 

@@ -1,11 +1,9 @@
 """Schedules from a memory budget: the fewest predicted seconds that fit."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
-from math import inf, isqrt
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isqrt
 
 import jax
 from rich.console import Console
@@ -13,23 +11,10 @@ from rich.table import Table
 
 from metagradient.errors import ScheduleError
 from metagradient.replay.budget import Costs, LeafKind, Memory, format_bytes
-from metagradient.replay.hierarchy import Block, Level, Problem, outline, reversal, seconds
-from metagradient.replay.schedule import (
-    TIERS,
-    Action,
-    Advance,
-    Binomial,
-    Drop,
-    Keep,
-    KeepAll,
-    PullBack,
-    Restore,
-    Save,
-    Schedule,
-    Tier,
-    TwoLevel,
-    binomial_advances,
-)
+from metagradient.replay.hierarchy import Level, Problem, reversal
+from metagradient.replay.price import Estimate, price
+from metagradient.replay.schedule import TIERS, Action, Binomial, KeepAll, Schedule, Tier, TwoLevel
+from metagradient.replay.search import Search, default_lengths
 from metagradient.step.segment import Segment
 
 _WIDTH = 118
@@ -87,7 +72,7 @@ class Plan(Schedule):
         console = Console(width=_WIDTH, no_color=True)
         with console.capture() as capture:
             console.print(_table(self))
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def plan(
@@ -112,9 +97,9 @@ def plan(
     Errors: `ScheduleError` for a budget in which nothing fits, with the smallest in which something does; and for
         tiers with a budget and no price.
 
-    Cost: seconds at most, without touching a device. The plan is the cheapest of all schedules that never store a state
-        in a faster tier than a state later in the run, where its segments are few enough to tabulate; on long runs, of
-        those that use a few hundred places for slower tiers, or not all of the device's slots.
+    Cost: a second or two, without touching a device. Where a run has few enough segments to tabulate, the plan is the
+        cheapest of all schedules that never store a state in a faster tier than another later in the run, and keep
+        adjacent segments. On longer runs it is the cheapest of those with a few hundred places for slower tiers.
 
     Source: Griewank & Walther 2000 (binomial); Herrmann & Pallez 2020, "H-Revolve" (tiers).
 
@@ -131,7 +116,7 @@ def plan(
     kinds = list(keeps or costs.leaves)
     if set(kinds) - set(costs.leaves):
         raise ScheduleError(f"keeps: the costs price {', '.join(costs.leaves)}, not all of {kinds}")
-    lengths = sorted({min(length, steps) for length in lengths or _lengths(steps)})
+    lengths = sorted({min(length, steps) for length in lengths or default_lengths(steps)})
     if lengths[0] < 1:
         raise ScheduleError(f"lengths must be at least 1, but are {lengths}")
     levels = tuple(
@@ -139,23 +124,35 @@ def plan(
         for tier in TIERS[1:]
         if (slots := costs.slots(tier, memory))
     )
-    search = _Search(costs, steps, device)
-    ways = [_Way(*way) for way in product(kinds, lengths, {(), levels})]
-    found = sorted(c for way in ways for c in search.candidates(way, _QUICK))
+    search = Search(costs, steps, device)
+    found = search.best(kinds, lengths, levels)
     if not found:
         raise ScheduleError(_too_small(costs, steps, device, kinds, lengths[0], levels))
-    promising = dict.fromkeys(candidate.way for candidate in found[:_PROMISING])
-    found += [c for way in promising for effort in _THOROUGH for c in search.candidates(way, effort)]
-    # The cheapest of its kind, each: by leaf, and with or without slower tiers.
-    best = {(c.way.keep, bool(c.problem.levels)): c for c in sorted(found, reverse=True)}
-    chosen, *others = sorted(best.values())
-    estimate = search.estimate(chosen)
-    rejected = [search.estimate(other) for other in others]
+    chosen = found[0]
+    estimate, *rejected = map(search.estimate, found)
     for schedule in (KeepAll(), TwoLevel()):
         plain = price(schedule, costs, steps, length=chosen.way.length, keep=chosen.way.keep)
         if (plain.states, plain.bytes) != (estimate.states, estimate.bytes):
             rejected.append(plain)
     return Plan(steps, estimate, memory, tuple(sorted(rejected, key=lambda e: e.seconds)), chosen.problem)
+
+
+def _too_small(
+    costs: Costs, steps: int, device: int, kinds: list[LeafKind], length: int, levels: tuple[Level, ...]
+) -> str:
+    kind = min(kinds, key=lambda kind: costs.leaves[kind].bytes)
+    kept = length * costs.leaves[kind].bytes
+    stored = costs.state_bytes if steps > length else 0
+    ways = [(kept + stored - costs.room(0, transfers=False), "a stored state")]
+    if levels and stored:
+        ways.append((kept - costs.room(0, transfers=True), f"states under way to the {levels[0].tier}"))
+    least, beside = min(ways)
+    return (
+        f"a device budget of {format_bytes(device)} ({device} bytes) is too small: the smallest feasible is "
+        f"{format_bytes(least)} ({least} bytes), for the states at work, one kept segment ({kept} bytes: {length} "
+        f"steps that keep their {kind}){f' and {beside}' if stored else ''}. Shorter segments, a smaller model or "
+        "micro-batches need less"
+    )
 
 
 def _table(plan: Plan) -> Table:

@@ -57,8 +57,9 @@ def price(schedule: Schedule, costs: Costs, steps: int, *, length: int = 1, keep
 
     Cost: a walk over its actions.
 
-    >>> price(KeepAll(), Costs.on_paper(8, 1.0), 100).seconds
-    341.0
+    >>> from metagradient.schedule import TwoLevel
+    >>> price(TwoLevel(10), Costs.on_paper("1GB", 1.0), 100).forward_steps
+    181
     """
     return walked(schedule.actions(-(-steps // length)), costs, steps, length, keep, type(schedule).__name__)
 
@@ -112,5 +113,3 @@ def walked(
         + (advances + 2 * (last + 1)) * costs.dispatch_seconds
     )
     return Estimate(name, keep, length, advances * length + steps - elided, steps, most, used, seconds)
-
-
