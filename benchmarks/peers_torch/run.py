@@ -248,9 +248,9 @@ def circumstances(torch_python: str) -> str:
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     machine = models[0].split(":")[1].strip() if models else platform.processor()
-    cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
-    return f"{cores} cores of {machine}; Python {platform.python_version()}; {ours}; {theirs}; {date.today()}; load {load:.1f}"
+    cores, load = len(os.sched_getaffinity(0)), f"load {os.getloadavg()[0]:.1f} at the start"
+    python = f"Python {platform.python_version()}"
+    return "; ".join([f"{cores} cores of {machine}", python, ours, theirs, str(date.today()), load])
 
 
 NOTES = """\

@@ -5,6 +5,9 @@ from metagradient.descent.loop import MetaStep, descend
 from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
 from metagradient.objectives import mean_over
+from metagradient.planning import plan
+from metagradient.replay.budget import Memory
+from metagradient.replay.plan import Plan
 from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
@@ -13,10 +16,12 @@ from metagradient.verify import CheckReport, check
 __all__ = [
     "CheckReport",
     "Evaluation",
+    "Memory",
     "MetaStep",
     "Metagradient",
     "PerExample",
     "PerStep",
+    "Plan",
     "Segment",
     "Shared",
     "Stats",
@@ -26,6 +31,7 @@ __all__ = [
     "descend",
     "errors",
     "mean_over",
+    "plan",
     "schedule",
     "train",
     "updates",

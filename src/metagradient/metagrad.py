@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metaparameters import canonical, like, wrapped
 from metagradient.objectives import check_objective, value_and_pull_back
+from metagradient.planning import plan_run
 from metagradient.progress import Progress
+from metagradient.replay.budget import Memory
 from metagradient.replay.execute import Traversal
 from metagradient.replay.fingerprint import NotFinite, Watch
-from metagradient.replay.plan import affordable
+from metagradient.replay.plan import Plan, affordable
 from metagradient.replay.schedule import Schedule, simulate
 from metagradient.replay.store import Stores
 from metagradient.run import Run, full_precision
@@ -78,12 +80,13 @@ class Metagradient:
     training: Training
     objective: Callable[[PyTree, PyTree], jax.Array]
     schedule: Schedule | None
+    memory: Memory | None
     segment: Segment | int | None
     window: int | None
     vector: bool
     verify: bool
     progress: bool
-    _chosen: dict[str, Segment] = field(default_factory=dict, repr=False)
+    _chosen: list[tuple[Segment, Schedule | None]] = field(default_factory=list, repr=False)
 
     def __call__(self, z: PyTree) -> tuple[jax.Array, PyTree]:
         """Value of the objective, and its gradient in the structure of z."""
@@ -102,19 +105,29 @@ class Metagradient:
             z = canonical(z)
             run = Run.prepared(self.training, z, self.window, first=not self._chosen)
             check_objective(self.objective, self.vector, run.state, z)
-            segment = self._chosen["segment"] = run.chosen(self._chosen.get("segment", self.segment))
+            if not self._chosen:
+                self._chosen.append(self._choose(run))
             try:
-                found = self._traverse(run, segment, z, careful=False)
+                found = self._traverse(run, z, careful=False)
             except NotFinite:
-                self._traverse(run, segment, z, careful=True)
+                self._traverse(run, z, careful=True)
                 raise NonFiniteError("a non-finite value appeared, but not again in a careful second run") from None
             run.contract.still_holds()
         stats = replace(found.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
         return replace(found, stats=stats)
 
-    def _traverse(self, run: Run, segment: Segment, z: PyTree, *, careful: bool) -> Evaluation:
+    def _choose(self, run: Run) -> tuple[Segment, Schedule | None]:
+        """How to compile steps, and the schedule where a budget or the user decides it."""
+        schedule = self.schedule or (plan_run(run, self.memory, self.segment) if self.memory else None)
+        if isinstance(schedule, Plan):
+            return schedule.segment, schedule
+        return run.chosen(self.segment), schedule
+
+    def _traverse(self, run: Run, z: PyTree, *, careful: bool) -> Evaluation:
+        segment, schedule = self._chosen[0]
         runner = run.runner(segment, queries=self.vector)
-        schedule = self.schedule or affordable(len(runner), segment, nbytes(run.state))
+        schedule = schedule or affordable(len(runner), segment, nbytes(run.state))
+        folder = schedule.memory.path if isinstance(schedule, Plan) else None
         final: list[PyTree] = []
 
         def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
@@ -133,7 +146,7 @@ class Metagradient:
                 )
             return value, cotangent, wrapped(total)
 
-        with Progress(self.progress) as progress, Stores() as stores:
+        with Progress(self.progress) as progress, Stores(folder) as stores:
             cost = simulate(schedule, len(runner))
             progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
             progress.expect("adjoint", len(runner) * segment.length)
@@ -155,6 +168,7 @@ def value_and_metagrad(
     training: Training,
     objective: Callable[[PyTree, PyTree], jax.Array],
     *,
+    memory: Memory | None = None,
     schedule: Schedule | None = None,
     segment: Segment | int | None = None,
     window: int | None = None,
@@ -172,8 +186,9 @@ def value_and_metagrad(
     Arguments:
         training: the run.
         objective: `(final state, z) -> scalar`, z as it was given; `mean_over` builds one from a validation set.
-        schedule: which states to keep and when to replay; see `metagradient.schedule`. None keeps as much as fits in
-            half of the free memory.
+        memory: budgets for states on device, host and disk; `plan` then finds the cheapest schedule, segment and leaf.
+        schedule: which states to keep and when to replay; see `metagradient.schedule`, or a plan. With neither, as
+            much is kept as fits in half of the free memory.
         segment: steps between two boundaries of the schedule, and how they are compiled; None measures and chooses.
             Results are bit-equal across schedules for one segment.
         window: differentiate the last `window` steps only: a truncated metagradient, without the term through the
@@ -208,7 +223,10 @@ def value_and_metagrad(
     """
     if verify not in ("boundaries", "off"):
         raise StructureError(f'verify is "boundaries" or "off", not {verify!r}')
-    return Metagradient(training, objective, schedule, segment, window, vector, verify == "boundaries", progress)
+    if memory is not None and schedule is not None:
+        raise StructureError("give either memory= or schedule=: a budget makes its own schedule")
+    verified = verify == "boundaries"
+    return Metagradient(training, objective, schedule, memory, segment, window, vector, verified, progress)
 
 
 def _check_finite(grad: PyTree) -> None:

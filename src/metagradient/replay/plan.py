@@ -15,7 +15,7 @@ from metagradient.replay.hierarchy import Level, Problem, reversal
 from metagradient.replay.price import Estimate, price
 from metagradient.replay.schedule import TIERS, Action, Binomial, KeepAll, Schedule, Tier, TwoLevel
 from metagradient.replay.search import Search, default_lengths
-from metagradient.step.segment import Segment
+from metagradient.step.segment import Loop, Segment
 
 _WIDTH = 118
 
@@ -30,9 +30,7 @@ class Plan(Schedule):
         memory: the budget, with the device's as it was taken.
         rejected: alternatives, the fastest first; some do not fit.
         problem: what was solved.
-
-    It goes with segments of `length` steps that keep `keep`; a segment of one step is driven from Python (`loop` is
-    "steps"), as `choose` has it.
+        loop: how segments are compiled.
     """
 
     steps: int
@@ -40,6 +38,12 @@ class Plan(Schedule):
     memory: Memory
     rejected: tuple[Estimate, ...] = field(repr=False)
     problem: Problem = field(repr=False)
+    loop: Loop = "steps"
+
+    @property
+    def segment(self) -> Segment:
+        """The segments that it was made for."""
+        return Segment(self.length, self.loop, self.keep)
 
     @property
     def length(self) -> int:

@@ -59,6 +59,11 @@ class LossStep:
         """`(state, batch, z_t) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
         return self.advance(state, batch, wrapped(z))[0]
 
+    @property
+    def linearises(self) -> bool:
+        """Micro-batches bound the memory of a step; linearisations would keep all of it."""
+        return self.microbatches == 1
+
     def initial(self, params: PyTree, model_state: PyTree, z: PyTree) -> TrainState:
         """The state before the first step; `z` is the first step's slice."""
         for path, leaf in paths(params):
@@ -112,7 +117,7 @@ class LossStep:
 
     def formed(self, keep: Keep, unroll: bool) -> Rule:
         """The same step in another form; `StructureError` where micro-batches rule it out."""
-        if keep == "linearisation" and self.microbatches > 1:
+        if keep == "linearisation" and not self.linearises:
             raise StructureError("micro-batches bound the memory of a step, and linearisations would keep all of it")
         return replace(self, keep=keep, unroll=unroll)
 

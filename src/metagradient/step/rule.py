@@ -27,6 +27,11 @@ class Rule(Protocol):
         """What `advance` leaves for `pull_back`."""
         ...
 
+    @property
+    def linearises(self) -> bool:
+        """Whether a step can keep its linearisation."""
+        ...
+
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """`(state, batch, z_t) -> (next state, kept)`."""
         ...
@@ -59,6 +64,11 @@ class WrittenStep:
     def keep(self) -> Keep:
         """Nothing but the state."""
         return "state"
+
+    @property
+    def linearises(self) -> bool:
+        """Its adjoint takes the step anew."""
+        return False
 
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """One step; nothing is kept beside the state."""
