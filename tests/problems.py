@@ -177,7 +177,8 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
         params, model_state = given if problem.has_model_state else (given, None)
         params = jax.tree.map(jnp.asarray, params)
         opt_state = _optimiser(problem.optimizer, z, 0, problem.batches[0]).init(params)
-        carry, steps = (params, opt_state, model_state), len(problem.batches)
+        carry: Any = params, opt_state, model_state
+        steps = len(problem.batches)
         for t, batch in enumerate(problem.batches):
             frozen = window is not None and t < steps - window
             carry = step(carry, lax.stop_gradient(z) if frozen else z, t, batch)

@@ -109,3 +109,13 @@ def test_usage_lists_the_commands(capsys):
     assert main([]) == 0
     assert "demo" in capsys.readouterr().out
     assert main(["dance"]) == 2
+
+
+def test_plan_prices_hardware_that_is_not_here(capsys):
+    assert main(["plan", "--preset", "adam-8b"]) == 0
+    printed = capsys.readouterr().out
+    assert "disk" in printed
+    assert main(["plan", "--preset", "adam-8b", "--device", "200GB"]) == 2
+    assert "smallest" in " ".join(capsys.readouterr().err.split())
+    assert main(["plan", "--steps", "10"]) == 2
+    assert "--state-bytes" in capsys.readouterr().err

@@ -33,7 +33,7 @@ class Settings:
 PROBLEMS = {
     "mlp": Settings("mlp", steps=144, batch=256, rate=3e-3, repeats=5),
     "convnet": Settings("convnet", steps=9, batch=16, rate=1e-3, repeats=3),
-    "decoder": Settings("decoder", steps=9, batch=4, rate=1e-3, repeats=3),
+    "decoder": Settings("decoder", steps=9, batch=8, rate=1e-3, repeats=2),
 }
 
 DESCRIPTIONS = {

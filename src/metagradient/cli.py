@@ -81,7 +81,12 @@ def _commands() -> dict[str, Command]:
 
         return LabelNoise(), run, "cifar10"
 
-    return {"demo": demo}
+    def plan() -> tuple[Any, Callable[[Any], Any], str | None]:
+        from metagradient.tasks.pricing import Pricing, run
+
+        return Pricing(), run, None
+
+    return {"demo": demo, "plan": plan}
 
 
 def _usage(commands: dict[str, Any]) -> str:

@@ -74,9 +74,9 @@ def _kinds(run: Run, segment: Segment) -> list[LeafKind]:
     """What a step may keep: what was chosen, and linearisations where single steps can leave them."""
     index = run.feed.first["index"] if needs_index(run.feed.z) else None
     arguments = run.state, run.feed.first, slices(run.feed.z, jnp.int32(0), index)
-    keep, _ = run.training.rule.choices(*arguments)
-    linearised = run.training.rule.linearises and segment.loop == "steps"
-    return [keep, "linearisation"] if linearised else [segment.keep]
+    if not run.training.rule.linearises or segment.loop != "steps":
+        return [segment.keep]
+    return [run.training.rule.choices(*arguments)[0], "linearisation"]
 
 
 def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory) -> Costs:

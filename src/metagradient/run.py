@@ -59,7 +59,7 @@ class Run:
         state = training.initial(z)
         if training.starts_from_z and not np.array_equal(*(fingerprint(s)[0] for s in (state, training.initial(z)))):
             raise ImpureStepError(
-                "init gave another state the second time: it draws on something outside z. Make its keys of a fixed seed"
+                "init gave another state the second time: it draws on something outside z. Make keys of a fixed seed"
             )
         contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
         return cls(training, feed, state, contract, 0 if window is None else steps - window)

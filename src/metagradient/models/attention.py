@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 _SPANS = 4
+_CHUNKS_PER_SPAN = 4
 
 
 def causal_attention(query: Array, key: Array, value: Array, *, chunk: int = 64) -> Array:
     """Softmax attention of every position to itself and those before it, `chunk` queries at a time; exact.
 
     A chunk's scores are rebuilt when they are differentiated (`jax.checkpoint`), so a gradient, and the `jax.jvp` of a
-    gradient, hold one chunk of them. Queries are walked in four spans, each against the keys up to its own end: 5/8 of
-    the products of a full square of scores, where exactly causal ones would be 1/2.
+    gradient, hold one chunk of them. Long sequences are walked in up to four spans of queries, each against the keys up
+    to its own end: 5/8 of the products of a full square of scores, where exactly causal ones would be 1/2.
 
     Arguments:
         query: `[batch, length, heads, size]`, float, already rotated where positions are.
@@ -33,7 +34,7 @@ def causal_attention(query: Array, key: Array, value: Array, *, chunk: int = 64)
     count = -(-length // chunk)
     padded = jnp.pad(query / math.sqrt(size), [(0, 0), (0, count * chunk - length), (0, 0), (0, 0)])
     chunks = jnp.moveaxis(padded.reshape(batch, count, chunk, groups, heads // groups, size), 1, 0)
-    per_span = -(-count // _SPANS)
+    per_span = max(_CHUNKS_PER_SPAN, -(-count // _SPANS))
     spans = [
         _attend_span(chunks[first : first + per_span], first * chunk, key, value) for first in range(0, count, per_span)
     ]

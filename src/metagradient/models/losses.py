@@ -61,14 +61,14 @@ def _chunk_losses(hidden: Array, matrix: Array, targets: Array) -> tuple[Array, 
     return logits, is_target, normalisers, normalisers - jnp.sum(jnp.where(is_target, logits, 0), (0, 2))
 
 
-@jax.custom_vjp
-def _losses(hidden: Array, matrix: Array, targets: Array, weights: Array) -> Array:
+def _evaluate(hidden: Array, matrix: Array, targets: Array, weights: Array) -> Array:
     """Losses `[chunks, chunk]` of `[chunks, chunk, d]` against `[slices, V / slices, d]`."""
     return lax.map(lambda of: of[2] * _chunk_losses(of[0], matrix, of[1])[-1], (hidden, targets, weights))
 
 
 def _forward(hidden: Array, matrix: Array, targets: Array, weights: Array):
-    return _losses(hidden, matrix, targets, weights), (hidden, matrix, targets, weights)
+    # Not `_losses` itself: an adjoint pushes tangents through this, which a `custom_vjp` function refuses.
+    return _evaluate(hidden, matrix, targets, weights), (hidden, matrix, targets, weights)
 
 
 def _backward(saved: tuple[Array, Array, Array, Array], cotangents: Array):
@@ -96,4 +96,5 @@ def _backward(saved: tuple[Array, Array, Array, Array], cotangents: Array):
     return hidden_cotangent, matrix_cotangent, None, weights_cotangent
 
 
+_losses = jax.custom_vjp(_evaluate)
 _losses.defvjp(_forward, _backward)
