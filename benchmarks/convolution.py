@@ -10,11 +10,12 @@ direct form's in the same round; the forms of one row take turns.
 
 import argparse
 import datetime
+import functools
+import operator
 import os
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -35,14 +36,14 @@ def shifted_views(x: Array) -> list[list[Array]]:
 
 
 def sum_of_nine(x: Array, kernel: Array) -> Array:
-    return sum(view @ kernel[i, j] for i, row in enumerate(shifted_views(x)) for j, view in enumerate(row))
+    products = [view @ kernel[i, j] for i, row in enumerate(shifted_views(x)) for j, view in enumerate(row)]
+    return functools.reduce(operator.add, products)
 
 
 def sum_of_three(x: Array, kernel: Array) -> Array:
-    products = (
-        jnp.concatenate(row, -1) @ kernel[i].reshape(-1, kernel.shape[-1]) for i, row in enumerate(shifted_views(x))
-    )
-    return sum(products)
+    kernels = kernel.reshape(3, -1, kernel.shape[-1])
+    products = [jnp.concatenate(row, -1) @ kernels[i] for i, row in enumerate(shifted_views(x))]
+    return functools.reduce(operator.add, products)
 
 
 def winograd(x: Array, kernel: Array) -> Array:
@@ -67,8 +68,8 @@ def winograd(x: Array, kernel: Array) -> Array:
 
 
 FORMS: dict[str, Callable] = {
-    "direct": partial(conv3x3, method="direct"),
-    "patches": partial(conv3x3, method="patches"),
+    "direct": functools.partial(conv3x3, method="direct"),
+    "patches": functools.partial(conv3x3, method="patches"),
     "three products": sum_of_three,
     "nine products": sum_of_nine,
     "Winograd": winograd,
@@ -117,6 +118,11 @@ def interleaved(programs: dict[str, Callable], arguments: list[Array], rounds: i
     return {name: float(np.median(np.array(times) / first)) for name, times in seconds.items()}, float(np.median(first))
 
 
+def temporary_mebibytes(compiled: jax.stages.Compiled) -> float:
+    analysis = compiled.memory_analysis()
+    return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
+
+
 def rows(rounds: int):
     for batch, size, channels, features in SHAPES:
         random = np.random.default_rng(0)
@@ -131,7 +137,7 @@ def rows(rounds: int):
             }
             ratios, seconds = interleaved(alone, arguments, rounds)
             scan_ratios, _ = interleaved({"direct": alone["direct"]} | in_scan, arguments, max(1, rounds // 5))
-            mebibytes = {name: f.memory_analysis().temp_size_in_bytes / 2**20 for name, f in alone.items()}
+            mebibytes = {name: temporary_mebibytes(compiled) for name, compiled in alone.items()}
             cells = [f"{ratios[name]:.2f} ({mebibytes[name]:.0f})" for name in FORMS]
             cells += [f"{scan_ratios[name] / SCAN_STEPS:.1f}" for name in in_scan]
             label = f"{batch}x{size}x{size}x{channels} → {features}, {'adjoint' if adjoint else 'gradient'}"
@@ -145,8 +151,8 @@ def main():
     options = parser.parse_args()
     columns = ["convolution", "direct, ms", *FORMS, "direct in a scan, a step", "patches in a scan, a step"]
     lines = [
-        f"JAX {jax.__version__}, {jax.default_backend()}, {platform.machine()}, {len(os.sched_getaffinity(0))} core(s), "
-        f"{datetime.date.today()}. Time in units of the direct form's (MiB of temporaries).",
+        f"JAX {jax.__version__}, {jax.default_backend()}, {platform.machine()}, "
+        f"{len(os.sched_getaffinity(0))} core(s), {datetime.date.today()}. Time in units of the direct form's (MiB of temporaries).",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

@@ -183,7 +183,8 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
             frozen = window is not None and t < steps - window
             carry = step(carry, lax.stop_gradient(z) if frozen else z, t, batch)
             carry = lax.stop_gradient(carry) if frozen else carry
-        return problem.objective(mg.TrainState(*carry, jnp.int32(steps)), z)
+        params, opt_state, model_state = carry
+        return problem.objective(mg.TrainState(params, opt_state, model_state, jnp.int32(steps)), z)
 
     return run
 

@@ -62,7 +62,7 @@ def plan(
 def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
     """`plan` for a run that is prepared."""
     chosen = run.chosen(segment)
-    kinds = [chosen.keep] if isinstance(segment, Segment) else _kinds(run, chosen)
+    kinds: list[LeafKind] = [chosen.keep] if isinstance(segment, Segment) else _kinds(run, chosen)
     costs = _measured(run, chosen, kinds, memory)
     lengths = None if segment is None and chosen.loop == "scan" else [chosen.length]
     steps = len(run.feed) - run.begin
@@ -72,11 +72,12 @@ def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
 
 def _kinds(run: Run, segment: Segment) -> list[LeafKind]:
     """What a step may keep: what was chosen, and linearisations where single steps can leave them."""
-    index = run.feed.first["index"] if needs_index(run.feed.z) else None
-    arguments = run.state, run.feed.first, slices(run.feed.z, jnp.int32(0), index)
     if not run.training.rule.linearises or segment.loop != "steps":
         return [segment.keep]
-    return [run.training.rule.choices(*arguments)[0], "linearisation"]
+    index = run.feed.first["index"] if needs_index(run.feed.z) else None
+    arguments = run.state, run.feed.first, slices(run.feed.z, jnp.int32(0), index)
+    keep: LeafKind = run.training.rule.choices(*arguments)[0]
+    return [keep, "linearisation"]
 
 
 def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory) -> Costs:
