@@ -152,7 +152,8 @@ def main():
     columns = ["convolution", "direct, ms", *FORMS, "direct in a scan, a step", "patches in a scan, a step"]
     lines = [
         f"JAX {jax.__version__}, {jax.default_backend()}, {platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} core(s), {datetime.date.today()}. Time in units of the direct form's (MiB of temporaries).",
+        f"{len(os.sched_getaffinity(0))} core(s), {datetime.date.today()}. "
+        "Time in units of the direct form's (MiB of temporaries).",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

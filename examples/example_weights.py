@@ -15,13 +15,13 @@ STEPS, BATCH, EXAMPLES = 150, 100, 1000
 
 
 def main() -> float:
-    digits = load_digits()
-    images = jnp.asarray(digits.data / 16, jnp.float32)
+    pixels, labels = load_digits(return_X_y=True)
+    images = jnp.asarray(pixels / 16, jnp.float32)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(images))
     train, clean = order[:EXAMPLES], order[EXAMPLES:]
     flipped = rng.random(EXAMPLES) < 0.2
-    given = np.where(flipped, (digits.target[train] + rng.integers(1, 10, EXAMPLES)) % 10, digits.target[train])
+    given = np.where(flipped, (labels[train] + rng.integers(1, 10, EXAMPLES)) % 10, labels[train])
 
     def losses(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(x @ params["w"] + params["b"], y)
@@ -38,7 +38,7 @@ def main() -> float:
     )
 
     def objective(state: mg.TrainState, z: dict) -> jax.Array:
-        return losses(state.params, images[clean], digits.target[clean]).mean()
+        return losses(state.params, images[clean], labels[clean]).mean()
 
     value, grad = mg.value_and_metagrad(training, objective)({"weights": mg.PerExample(jnp.ones(EXAMPLES))})
     harmful = np.argsort(-grad["weights"].value)[:100]

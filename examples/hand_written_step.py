@@ -14,10 +14,10 @@ STEPS = 200
 
 
 def main() -> tuple[float, float]:
-    x, y = load_diabetes(return_X_y=True)
-    x = jnp.asarray(x / x.std(0), jnp.float32)  # [442, 10]
-    y = jnp.asarray((y - y.mean()) / y.std(), jnp.float32)  # [442]
-    train, held_out = np.arange(300), np.arange(300, 442)
+    table = np.column_stack(load_diabetes(return_X_y=True))  # [442, 11]
+    table = jnp.asarray((table - table.mean(0)) / table.std(0), jnp.float32)
+    x, y = table[:, :-1], table[:, -1]
+    train, held_out = np.arange(300), jnp.arange(300, 442)
     batches = [{"rows": np.random.default_rng(t).choice(train, 32)} for t in range(STEPS)]
 
     def error(w: jax.Array, rows: jax.Array) -> jax.Array:

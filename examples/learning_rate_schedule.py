@@ -1,7 +1,7 @@
 """Learn a learning-rate schedule, one rate a step, from a flat start.
 
-Result: the validation loss after 60 steps falls from 0.95 to 0.33 in 20 meta-steps (scikit-learn's digits, a linear
-model with momentum; the descent discovers a warm start and a decay by itself).
+Result: the validation loss after 60 steps falls from 1.10 to 0.16 in 20 meta-steps (scikit-learn's digits, a linear
+model with momentum).
 """
 
 import jax
@@ -16,11 +16,10 @@ STEPS, BATCH = 60, 64
 
 
 def main(meta_steps: int = 20) -> list[float]:
-    digits = load_digits()
-    images = jnp.asarray(digits.data / 16, jnp.float32)  # [1797, 64]
-    labels = jnp.asarray(digits.target)  # [1797]
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(digits)  # [1797, 64], [1797]
     order = np.random.default_rng(0).permutation(len(labels))
-    train, validation = order[:1000], order[1000:1400]
+    train, validation = order[:1000], jnp.asarray(order[1000:1400])
     batches = [{"rows": np.random.default_rng(t).choice(train, BATCH)} for t in range(STEPS)]
 
     def cross_entropy(params: dict, rows: jax.Array) -> jax.Array:

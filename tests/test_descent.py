@@ -1,5 +1,7 @@
 """Metagradient descent: the loop, its seeds and its updates."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,11 +66,13 @@ def test_projection_keeps_the_metaparameters_in_their_box():
 
 
 def test_normalised_update_is_its_formula():
-    update, z = mg.updates.normalised(0.5, momentum=0.8), {"a": jnp.zeros(4), "b": jnp.zeros(2)}
+    update = mg.updates.normalised(0.5, momentum=0.8)
+    z: Any = {"a": jnp.zeros(4), "b": jnp.zeros(2)}
     memory, m = update.init(z), np.zeros(4)
     rng = np.random.default_rng(0)
     for _ in range(3):
         g = rng.standard_normal(4).astype(np.float32)
+        changes: Any
         changes, memory = update.update({"a": jnp.asarray(g), "b": jnp.zeros(2)}, memory, z)
         m = 0.8 * m + g / np.sqrt(np.mean(g**2))
         np.testing.assert_allclose(changes["a"], -0.5 * m / np.sqrt(np.mean(m**2)), rtol=1e-5)

@@ -49,9 +49,11 @@ def inputs_for(model, batch=3):
 
 
 initial = cache(lambda model: model.init(jax.random.key(0)))
-apply = jax.jit(
-    lambda model, *arguments, **options: apply(model, *arguments, **options), static_argnums=0, static_argnames="train"
-)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="train")
+def apply(model, params, state, x, *, train=True):
+    return model.apply(params, state, x, train=train)
 
 
 def direction_like(tree):

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -150,11 +150,13 @@ def plain(problem: Problem) -> Run:
         jax.block_until_ready(loop(start(), 2))
         return perf_counter() - begin
 
-    # A short trial tells a loop that the compiler handles badly (convolutions); dispatch counts in favour of a scan.
-    loop = scanning if seconds(scanning) < 1.5 * seconds(stepping) else stepping
+    @cache
+    def loop() -> Callable[[Any, int], Any]:
+        """A short trial tells a loop that the compiler handles badly (convolutions); dispatch favours a scan."""
+        return scanning if seconds(scanning) < 1.5 * seconds(stepping) else stepping
 
     def run() -> dict[str, np.ndarray]:
-        params, _ = jax.block_until_ready(loop(start(), len(batches)))
+        params, _ = jax.block_until_ready(loop()(start(), len(batches)))
         return {f"params/{k}": np.array(v) for k, v in params.items()}
 
     return run
