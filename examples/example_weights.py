@@ -15,7 +15,7 @@ STEPS, BATCH, EXAMPLES = 150, 100, 1000
 
 
 def main() -> float:
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = jnp.asarray(pixels / 16, jnp.float32)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(images))
@@ -23,7 +23,7 @@ def main() -> float:
     flipped = rng.random(EXAMPLES) < 0.2
     given = np.where(flipped, (labels[train] + rng.integers(1, 10, EXAMPLES)) % 10, labels[train])
 
-    def losses(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+    def losses(params: dict, x: jax.Array, y: jax.Array | np.ndarray) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(x @ params["w"] + params["b"], y)
 
     def batch(t: int) -> dict:

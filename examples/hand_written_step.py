@@ -14,7 +14,8 @@ STEPS = 200
 
 
 def main() -> tuple[float, float]:
-    table = np.column_stack(load_diabetes(return_X_y=True))  # [442, 11]
+    inputs, progression = load_diabetes(return_X_y=True)
+    table = np.column_stack([np.asarray(inputs), np.asarray(progression)])  # [442, 11]
     table = jnp.asarray((table - table.mean(0)) / table.std(0), jnp.float32)
     x, y = table[:, :-1], table[:, -1]
     train, held_out = np.arange(300), jnp.arange(300, 442)

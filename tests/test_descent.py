@@ -1,5 +1,6 @@
 """Metagradient descent: the loop, its seeds and its updates."""
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def test_descent_lowers_the_objective_and_reports_what_it_did():
         )
     )
     assert [r.step for r in records] == list(range(5))
-    assert all(b.value < a.value for a, b in zip(records, records[1:], strict=False))
+    assert all(b.value < a.value for a, b in pairwise(records))
     state = mg.train(training(), {"rate": mg.PerStep(jnp.full(4, 0.1))})
     assert records[0].held_out == pytest.approx(float(jnp.abs(state).max()))
     assert records[0].training_runs >= 4
