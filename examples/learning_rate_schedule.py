@@ -1,7 +1,7 @@
 """Learn a learning-rate schedule, one rate a step, from a flat start.
 
-Result: the validation loss after 60 steps falls from 1.10 to below 0.2 in 20 meta-steps (scikit-learn's digits, a linear
-model with momentum).
+Result: the validation loss after 60 steps falls from 1.10 to below 0.2 in 20 meta-steps (scikit-learn's digits, a
+linear model with momentum).
 """
 
 import jax

@@ -122,9 +122,8 @@ class Metagradient:
     def _choose(self, run: Run) -> tuple[Segment, Schedule | None]:
         """How to compile steps, and the schedule where a budget or the user decides it."""
         schedule = self.schedule or (plan_run(run, self.memory, self.segment) if self.memory else None)
-        if isinstance(schedule, Plan):
-            return schedule.segment, schedule
-        return run.chosen(self.segment), schedule
+        made_for = schedule.segment if isinstance(schedule, Plan) else None
+        return run.chosen(self.segment if isinstance(self.segment, Segment) else made_for or self.segment), schedule
 
     def _traverse(self, run: Run, z: PyTree, *, first: bool = False, careful: bool = False) -> Evaluation:
         segment, schedule = self._chosen[0]
