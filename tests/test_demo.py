@@ -52,7 +52,9 @@ def test_the_demo_finds_flipped_labels_and_fills_its_directory(tmp_path: Path, c
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(6))
     assert records[-1]["value"] < records[0]["value"]
-    assert np.load(out / "weights.npy").shape == (600,)
+    saved = np.load(out / "weights.npz")
+    assert saved["weights"].shape == (600,)
+    assert saved["weights"][saved["given"] != saved["true"]].mean() < saved["weights"].mean()
     page = (out / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page

@@ -158,6 +158,7 @@ def run(config: LabelNoise) -> dict[str, float]:
         "share_flipped": float(wrong.mean()),
         "random_subset": size,
     }
+    np.savez(directory / "weights.npz", weights=weights, given=pool.observed, true=pool.labels)
     directory.result(result)
     write(_page(config, directory, pool, weights, wrong, records, accuracies, result), directory / "report.html")
     _print(console, accuracies, result, directory)
@@ -239,7 +240,6 @@ def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, dir
                 seconds=record.stats.seconds,
             )
             progress.update(task, advance=1, description=f"meta-steps (loss on clean target {record.value:.3f})")
-    np.save(directory / "weights.npy", np.asarray(records[-1].z["weights"].value))
     return records
 
 
