@@ -64,9 +64,6 @@ def main() -> None:
             *(row(str(seed), found) for seed, found in enumerate(results)),
             row("**mean**", mean),
             "",
-            "What limits it: 200 clean examples are overfit slowly (the held-out loss in a report stops falling before "
-            "the target's does); with a learning rate of 0.01 instead of 0.005 a third of the seeds fell short of half-way.",
-            "",
             f"Made by `python benchmarks/demo_seeds.py` on {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: "
             f"{platform.machine()}, jax {version('jax')}, metagradient {version('metagradient')}.",
         ]
