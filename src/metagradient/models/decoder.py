@@ -1,6 +1,7 @@
 """A Llama-like decoder language model whose adjoint needs one layer's activations and one chunk of logits at a time."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +10,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from metagradient.models.attention import causal_attention
+from metagradient.models.initial import normals
 from metagradient.models.losses import chunked_cross_entropy
 
 
@@ -55,40 +57,37 @@ class Decoder:
 
         Returns: `({"embed_tokens", "layers", "norm"[, "lm_head"]}, {})`, every leaf of `layers` stacked, `[L, ...]`.
         """
-        size, layers = self.hidden_size, self.num_hidden_layers
+        size, layers, inner = self.hidden_size, self.num_hidden_layers, self.intermediate_size
         queries, keys = self.num_attention_heads * self._head_size, self.num_key_value_heads * self._head_size
-        random = iter(jax.random.split(key, 9))
+        attention = {
+            "q_proj": (queries, size),
+            "k_proj": (keys, size),
+            "v_proj": (keys, size),
+            "o_proj": (size, queries),
+        }
+        mlp = {"gate_proj": (inner, size), "up_proj": (inner, size), "down_proj": (size, inner)}
+        embeddings = ["embed_tokens"] if self.tie_word_embeddings else ["embed_tokens", "lm_head"]
+        linear_shapes = [(layers, *shape) for shape in (*attention.values(), *mlp.values())]
+        draws = normals(key, linear_shapes + [(self.vocab_size, size)] * len(embeddings), dtype)
 
-        def linear(outputs: int, inputs: int) -> dict:
-            weight = jax.random.normal(next(random), (layers, outputs, inputs), dtype)
-            return {"weight": weight / math.sqrt(inputs)}
-
-        def embedding() -> dict:
-            return {"weight": jax.random.normal(next(random), (self.vocab_size, size), dtype) * 0.02}
+        def linears(names: Iterable[str]) -> dict:
+            return {
+                name: {"weight": draw / math.sqrt(draw.shape[-1])} for name, draw in zip(names, draws, strict=False)
+            }
 
         def ones(*shape: int) -> dict:
             return {"weight": jnp.ones(shape, dtype)}
 
         params = {
-            "embed_tokens": embedding(),
             "layers": {
                 "input_layernorm": ones(layers, size),
-                "self_attn": {
-                    "q_proj": linear(queries, size),
-                    "k_proj": linear(keys, size),
-                    "v_proj": linear(keys, size),
-                    "o_proj": linear(size, queries),
-                },
+                "self_attn": linears(attention),
                 "post_attention_layernorm": ones(layers, size),
-                "mlp": {
-                    "gate_proj": linear(self.intermediate_size, size),
-                    "up_proj": linear(self.intermediate_size, size),
-                    "down_proj": linear(size, self.intermediate_size),
-                },
+                "mlp": linears(mlp),
             },
             "norm": ones(size),
         }
-        return params if self.tie_word_embeddings else params | {"lm_head": embedding()}, {}
+        return params | {name: {"weight": draw * 0.02} for name, draw in zip(embeddings, draws, strict=True)}, {}
 
     def apply(self, params: dict, model_state: dict, tokens: Array, *, train: bool = True) -> tuple[Array, dict]:
         """All logits `[batch, length, vocab_size]` of `tokens [batch, length]`; to train, use `token_losses`."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from metagradient.models.initial import normals
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLP:
@@ -22,13 +24,10 @@ class MLP:
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple[dict, dict]:
         """Draw parameters, `{"layers": [{"weight": [in, out], "bias": [out]}, ...]}`, and an empty model state."""
-        pairs = list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
+        shapes = list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
         layers = [
-            {
-                "weight": jax.random.normal(layer_key, (inputs, outputs), dtype) * math.sqrt(2 / inputs),
-                "bias": jnp.zeros(outputs, dtype),
-            }
-            for layer_key, (inputs, outputs) in zip(jax.random.split(key, len(pairs)), pairs, strict=True)
+            {"weight": draw * math.sqrt(2 / draw.shape[0]), "bias": jnp.zeros(draw.shape[1], dtype)}
+            for draw in normals(key, shapes, dtype)
         ]
         return {"layers": layers}, {}
 

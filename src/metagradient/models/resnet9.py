@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from metagradient.errors import StructureError
 from metagradient.models.convolution import Method, conv3x3
+from metagradient.models.initial import normals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +73,21 @@ class ResNet9:
         block's parameters are `{"kernel": [3, 3, in, out], "scale": [out], "bias": [out]}`, its state
         `{"mean": [out], "variance": [out]}`. `params["head"]` is `{"weight": [in, classes], "bias": [classes]}`.
         """
-        stem, *stages = [width * self.width_multiplier for width in self.widths]
-        stem_key, stages_key, head_key = jax.random.split(key, 3)
-        blocks, inputs = [], stem
-        for index, features in enumerate(stages):
-            depth = 3 if index in (0, len(stages) - 1) else 1
-            keys = jax.random.split(jax.random.fold_in(stages_key, index), depth)
-            ins = [inputs] + [features] * (depth - 1)
-            blocks.append([_block(block_key, n, features, dtype) for block_key, n in zip(keys, ins, strict=True)])
-            inputs = features
+        widths = [width * self.width_multiplier for width in self.widths]
+        depths = [3 if index in (0, len(widths) - 2) else 1 for index in range(len(widths) - 1)]
+        kernels = [(3, 3, self.channels, widths[0])]
+        for inputs, features, depth in zip(widths[:-1], widths[1:], depths, strict=True):
+            kernels += [(3, 3, inputs, features)] + [(3, 3, features, features)] * (depth - 1)
+        *draws, head = normals(key, [*kernels, (widths[-1], self.classes)], dtype)
+        blocks = iter([_block(draw) for draw in draws])
         params = {
-            "stem": _block(stem_key, self.channels, stem, dtype),
-            "stages": blocks,
-            "head": {
-                "weight": jax.random.normal(head_key, (inputs, self.classes), dtype) / math.sqrt(inputs),
-                "bias": jnp.zeros(self.classes, dtype),
-            },
+            "stem": next(blocks),
+            "stages": [[next(blocks) for _ in range(depth)] for depth in depths],
+            "head": {"weight": head / math.sqrt(widths[-1]), "bias": jnp.zeros(self.classes, dtype)},
         }
         state = {
             "stem": _fresh_statistics(params["stem"]),
-            "stages": [[_fresh_statistics(block) for block in stage] for stage in blocks],
+            "stages": [[_fresh_statistics(block) for block in stage] for stage in params["stages"]],
         }
         return params, state
 
@@ -184,9 +180,13 @@ def _batch_statistics(model: ResNet9, params: dict, model_state: dict, x: Array)
     return model._network(params, model_state, x, train=True)[1]
 
 
-def _block(key: Array, inputs: int, features: int, dtype: DTypeLike) -> dict:
-    kernel = jax.random.normal(key, (3, 3, inputs, features), dtype) * math.sqrt(2 / (9 * inputs))
-    return {"kernel": kernel, "scale": jnp.ones(features, dtype), "bias": jnp.zeros(features, dtype)}
+def _block(draw: Array) -> dict:
+    *_, inputs, features = draw.shape
+    return {
+        "kernel": draw * math.sqrt(2 / (9 * inputs)),
+        "scale": jnp.ones(features, draw.dtype),
+        "bias": jnp.zeros(features, draw.dtype),
+    }
 
 
 def _fresh_statistics(block: dict) -> dict:

@@ -1,0 +1,289 @@
+"""What a metagradient costs, over three models; prints Markdown tables.
+
+    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--out docs/cost.md]
+
+ratios: times plain training, by schedule and by what a step keeps. planner: predicted against measured, three budgets a
+model. weights: cost against the number of example weights. queries: many objectives in one traversal. long: T = 10,000
+within twenty states. All rounds are interleaved; ratios are medians of those within a round.
+"""
+
+import argparse
+import datetime
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import metagradient as mg
+from metagradient.data.batches import EpochBatches
+from metagradient.models import MLP, Decoder, ResNet9
+from metagradient.trees import nbytes
+
+KEEP_ALL, TWO_LEVEL = mg.schedule.KeepAll(), mg.schedule.TwoLevel()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training, its metaparameters and objective, and the loop in which it trains fastest here."""
+
+    name: str
+    training: mg.Training
+    objective: Callable[[Any, Any], jax.Array]
+    z: dict
+    segment: mg.Segment
+
+    def metagradient(self, **options: Any) -> Callable[[], Any]:
+        options = {"segment": self.segment, **options}
+        evaluate = mg.value_and_metagrad(self.training, self.objective, **options)
+        return lambda: evaluate.with_stats(self.z)
+
+    def plain(self) -> Callable[[], Any]:
+        """The same steps without metagradients: one scan, or single steps that reuse their state's memory."""
+        rule, batches = self.training.rule, self.training.batches
+        weights, start = self.z["weights"].value, self.training.initial(self.z)
+
+        def step(state: Any, batch: Any) -> Any:
+            return rule.advance(state, batch, {"weights": mg.PerExample(weights[batch["index"]])})[0]
+
+        if self.segment.loop == "scan":
+            stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *[batches[t] for t in range(len(batches))])
+            whole = jax.jit(lambda state, xs: jax.lax.scan(lambda s, x: (step(s, x), None), state, xs)[0])
+            return lambda: whole(start, stacked)
+        single = jax.jit(step)
+
+        def run() -> Any:
+            state = start
+            for t in range(len(batches)):
+                state = single(state, batches[t])
+            return state
+
+        return run
+
+
+def weighted(per_example: Callable) -> Callable:
+    return lambda params, state, batch, z: (lambda out: (jnp.mean(z["weights"] * out[0]), out[1]))(
+        per_example(params, state, batch)
+    )
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = load_digits(return_X_y=True)
+    return (np.asarray(pixels) / 16).astype(np.float32), np.asarray(labels).astype(np.int32)
+
+
+def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int, segment: mg.Segment) -> Problem:
+    labels = digits()[1]
+    optimizer = optax.adam(1e-3, eps_root=1e-8)
+
+    def losses(params: Any, state: Any, data: Any, train: bool = True) -> tuple[jax.Array, Any]:
+        logits, state = model.apply(params, state, data["x"], train=train)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, data["y"]), state
+
+    batches = EpochBatches({"x": images[:1200], "y": labels[:1200]}, batch=batch, steps=steps, seed=0)
+    init = model.init(jax.random.key(0))
+    training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
+    target = {"x": images[1200:1456], "y": labels[1200:1456]}
+    return Problem(
+        name,
+        training,
+        lambda s, z: losses(s.params, s.model_state, target, train=False)[0].mean(),
+        {"weights": mg.PerExample(jnp.ones(1200))},
+        segment,
+    )
+
+
+def mlp(steps: int = 512, length: int = 16) -> Problem:
+    return classifier("MLP", MLP(sizes=(64, 128, 10)), digits()[0], steps, 256, mg.Segment(length))
+
+
+def resnet9() -> Problem:
+    images = digits()[0].reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2)
+    model = ResNet9.smooth(widths=(16, 32, 64), channels=1)
+    return classifier("ResNet-9", model, images, 24, 64, mg.Segment(1, "steps", "state"))
+
+
+def decoder(corpus: Path) -> Problem:
+    """A character-level language model of four layers."""
+    text = np.frombuffer(corpus.read_bytes(), np.uint8).astype(np.int32)
+    length, windows = 64, 2000
+    rows = np.stack([text[i * length : (i + 1) * length + 1] for i in range(windows)])
+    model = Decoder(
+        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    optimizer = optax.adamw(1e-3, eps_root=1e-8)
+
+    def losses(params: Any, state: Any, data: Any) -> tuple[jax.Array, Any]:
+        return model.token_losses(params, data["tokens"][:, :-1], data["tokens"][:, 1:]).mean(-1), state
+
+    batches = EpochBatches({"tokens": rows[:1500]}, batch=8, steps=24, seed=0)
+    init = model.init(jax.random.key(0))
+    training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
+    target = {"tokens": rows[1500:1532]}
+    z = {"weights": mg.PerExample(jnp.ones(1500))}
+    return Problem(
+        "decoder", training, lambda s, z: losses(s.params, s.model_state, target)[0].mean(), z,
+        mg.Segment(1, "steps", "gradient"),
+    )  # fmt: skip
+
+
+def problems(corpus: Path | None) -> list[Problem]:
+    return [mlp(), resnet9(), *([decoder(corpus)] if corpus else [])]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = perf_counter()
+    jax.block_until_ready(jax.tree.leaves(work())[0])
+    return perf_counter() - start
+
+
+def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    for work in works.values():
+        seconds(work)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return times
+
+
+def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
+    return {name: median(a / b for a, b in zip(ts, times[base], strict=True)) for name, ts in times.items()}
+
+
+def ratios(given: argparse.Namespace) -> list[str]:
+    rows = []
+    for problem in problems(given.corpus):
+        ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
+        leaf = problem.segment
+        every = 1 if leaf.loop == "scan" else None
+        ways["two-level"] = problem.metagradient(schedule=mg.schedule.TwoLevel(every))
+        if leaf.loop == "steps":
+            linearised = mg.Segment(1, "steps", "linearisation")
+            ways["linearisations"] = problem.metagradient(schedule=KEEP_ALL, segment=linearised)
+            ways["two-level, linearisations"] = problem.metagradient(schedule=TWO_LEVEL, segment=linearised)
+        else:
+            ways["ten states"] = problem.metagradient(schedule=mg.schedule.Binomial(10))
+        times = interleaved(ways, given.repeats)
+        for name, ratio in against(times, "plain").items():
+            rows.append(f"| {problem.name} | {name} | {median(times[name]):.2f} | {ratio:.2f} |")
+    return ["## Times plain training", "", "| model | way | seconds | ratio |", "|---|---|---|---|", *rows]
+
+
+def planner(given: argparse.Namespace) -> list[str]:
+    rows = []
+    for problem in problems(given.corpus):
+        state = nbytes(problem.training.initial(problem.z))
+        for states in (1000, 40, 12):
+            memory = mg.Memory(device=states * state)
+            plan = mg.plan(problem.training, problem.z, memory=memory)
+            work = problem.metagradient(schedule=plan, segment=None)
+            work()
+            stats = [work()[2] for _ in range(given.repeats)]
+            took = median(s.seconds for s in stats)
+            held = sum(stats[0].peak_bytes.values())
+            rows.append(
+                f"| {problem.name} | {states} | {plan.length} | {plan.keep} | {stats[0].forward_steps} "
+                f"| {plan.seconds:.2f} | {took:.2f} | {plan.seconds / took - 1:+.0%} "
+                f"| {plan.estimate.bytes['device'] / 2**20:.1f} | {held / 2**20:.1f} |"
+            )
+    head = "| model | budget in states | segment | keeps | forward steps | predicted s | measured s | error |"
+    return [
+        "## Predicted and measured",
+        "",
+        f"{head} planned MiB, states at work included | stored and kept MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def weights(given: argparse.Namespace) -> list[str]:
+    problem = mlp(steps=512)
+    ways = {}
+    for n in (10**3, 10**4, 10**5, 10**6, 10**7):
+        sized = Problem("", problem.training, problem.objective, {"weights": mg.PerExample(jnp.ones(max(n, 1200)))},
+                        problem.segment)  # fmt: skip
+        ways[f"{n:.0e}"] = sized.metagradient(schedule=KEEP_ALL)
+    times = interleaved(ways, given.repeats)
+    found = against(times, "1e+04")
+    rows = [f"| {name} | {median(times[name]):.3f} | {found[name]:.3f} |" for name in ways]
+    return ["## Example weights, the same batches", "", "| weights | seconds | times 1e+04 |", "|---|---|---|", *rows]
+
+
+def queries(given: argparse.Namespace) -> list[str]:
+    problem = mlp(steps=512)
+    ways: dict[str, Callable[[], Any]] = {"1": problem.metagradient(schedule=KEEP_ALL)}
+    images, labels = digits()
+    model = MLP(sizes=(64, 128, 10))
+
+    def objective(count: int) -> Callable[[Any, Any], jax.Array]:
+        def vector(state: Any, z: Any) -> jax.Array:
+            del z
+            logits, _ = model.apply(state.params, {}, jnp.asarray(images[1200 : 1200 + count]))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[1200 : 1200 + count])
+
+        return vector
+
+    for count in (2, 4, 8):
+        several = Problem("", problem.training, objective(count), problem.z, problem.segment)
+        ways[str(count)] = several.metagradient(schedule=KEEP_ALL, vector=True)
+    times = interleaved(ways, given.repeats)
+    found = against(times, "1")
+    rows = [f"| {n} | {median(times[n]):.3f} | {found[n]:.2f} | {found[n] / int(n):.2f} |" for n in ways]
+    head = "| queries | seconds | times one query | share of separate traversals |"
+    return ["## Queries in one traversal", "", head, "|---|---|---|---|", *rows]
+
+
+def long(given: argparse.Namespace) -> list[str]:
+    del given
+    problem = mlp(steps=10_000)
+    state = nbytes(problem.training.initial(problem.z))
+    plan = mg.plan(problem.training, problem.z, memory=mg.Memory(device=20 * state))
+    _, planned, stats = problem.metagradient(schedule=plan, segment=None)()
+    _, kept, _ = problem.metagradient(schedule=KEEP_ALL, segment=plan.segment)()
+    same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(planned), jax.tree.leaves(kept), strict=True))
+    held = sum(stats.peak_bytes.values()) / state
+    return [
+        "## T = 10,000 within twenty states",
+        "",
+        f"Plan: {plan.estimate.name}, segments of {plan.length} that keep {plan.keep}; {stats.forward_steps} forward "
+        f"steps, {stats.seconds:.1f} s (predicted {plan.seconds:.1f}); at most {held:.1f} states stored and kept, "
+        f"{plan.estimate.bytes['device'] / state:.1f} with the states at work; gradient "
+        f"{'bit-equal to' if same else 'NOT equal to'} that of KeepAll with the same segments.",
+    ]
+
+
+TABLES = {f.__name__: f for f in (ratios, planner, weights, queries, long)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="+", choices=list(TABLES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    blocks = [["# What a metagradient costs"], *(TABLES[name](given) for name in given.tables)]
+    made = (
+        f"Made by `python benchmarks/cost.py {' '.join(given.tables)}` on {datetime.date.today()}"
+        f": {platform.machine()}, {jax.devices()[0].device_kind}, jax {version('jax')}, "
+        f"metagradient {version('metagradient')}; medians of {given.repeats} interleaved rounds."
+    )
+    text = "\n\n".join("\n".join(block) for block in [*blocks, [made]])
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
