@@ -31,7 +31,7 @@ DECODERS = {
         vocab_size=40,
         hidden_size=12,
         intermediate_size=20,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=8,
@@ -89,7 +89,7 @@ def test_a_model_computes_in_the_dtype_of_its_parameters(name, dtype):
         assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in DECODERS])
+@pytest.mark.parametrize("name", ["mlp", "smooth", "standard"])
 def test_every_parameter_has_a_finite_gradient_and_adjoint(name):
     model = MODELS[name]
     params, state = initial(model)
@@ -121,8 +121,8 @@ def test_training_moves_the_running_statistics_and_evaluation_only_reads_them(re
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), moved, expected)
     logits, kept = apply(model, params, moved, x, train=False)
     jax.tree.map(np.testing.assert_array_equal, kept, moved)
-    alone, _ = apply(model, params, moved, x[:1], train=False)
-    np.testing.assert_allclose(logits[:1], alone, rtol=1e-4, atol=1e-5)
+    in_other_company, _ = apply(model, params, moved, x.at[1:].mul(2), train=False)
+    np.testing.assert_allclose(logits[0], in_other_company[0], rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_recalibrated_on_a_batch_evaluate_it_as_training_does(resnet):
@@ -173,13 +173,11 @@ def test_the_final_scale_multiplies_the_logits_and_width_every_layer():
     assert twice == doubled
 
 
-@pytest.mark.parametrize("recipe", [ResNet9.smooth, ResNet9.standard])
-def test_both_ways_to_convolve_are_one_network(recipe):
-    params, state = initial(recipe(**SMALL_RESNET))
-    x = inputs_for(ResNet9())
-    logits = [
-        apply(recipe(**SMALL_RESNET, convolution=method), params, state, x)[0] for method in ("direct", "patches")
-    ]
+def test_both_ways_to_convolve_are_one_network():
+    direct, patches = (ResNet9(**SMALL_RESNET, convolution=method) for method in ("direct", "patches"))
+    params, state = initial(direct)
+    x = inputs_for(direct)
+    logits = [apply(model, params, state, x)[0] for model in (direct, patches)]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
 
 

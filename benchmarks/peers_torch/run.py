@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 from problems import DESCRIPTIONS, PROBLEMS, Settings, write
@@ -105,6 +107,7 @@ class Entry:
         assert stdin is not None
         assert stdout is not None
         watchdog = threading.Timer(self.limit, self.process.kill)
+        start = perf_counter()
         watchdog.start()
         try:
             stdin.write("run\n")
@@ -115,8 +118,7 @@ class Entry:
         finally:
             watchdog.cancel()
         if not line:
-            said = self.log.read_text().strip().splitlines()
-            self.failure = said[-1] if self.process.wait() > 0 and said else f"no answer within {self.limit:.0f} s"
+            self.failure = self._why(late=perf_counter() - start >= self.limit)
             return
         answer = json.loads(line)
         if timed:
@@ -124,10 +126,17 @@ class Entry:
         else:
             self.first, self.loaded, self.peak = answer["seconds"], answer["loaded"], answer["peak"]
 
+    def _why(self, *, late: bool) -> str:
+        status = self.process.wait()
+        if late:
+            return f"no answer within {self.limit:.0f} s"
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        said = self.log.read_text().strip().splitlines()
+        return said[-1] if said else f"exit status {status}"
+
     def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its input, which ends its loop
 
 
 def measure(settings: Settings, directory: Path, options: argparse.Namespace) -> tuple[dict[str, Entry], Path | None]:
@@ -319,13 +328,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     parts = ["# Beside PyTorch peers\n", circumstances(options.torch_python) + "\n"]
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as directory:
         for settings in chosen(options):
             entries, exact = measure(settings, Path(directory), options)
             parts.append(table(settings, entries, exact))
+            failed += [f"{settings.model}: {label}: {e.failure}" for label, e in entries.items() if e.failure]
     text = "\n".join([*parts, NOTES])
     options.out.write_text(text)
     print(text)
+    if failed:
+        sys.exit("did not run: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

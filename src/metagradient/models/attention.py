@@ -25,8 +25,8 @@ def causal_attention(query: Array, key: Array, value: Array, *, chunk: int = 64)
 
     Returns: `[batch, length, heads, size]`.
 
-    Cost: one more forward pass of scores than naive attention in a gradient, fewer products by 3/8; memory a few
-    `batch·heads·chunk·length` (`docs/` and `benchmarks/` have figures).
+    Cost: a gradient computes the scores once more than naive attention does. Memory: a few chunks of scores, of
+    `batch·heads·chunk·length` numbers each, whatever the derivative.
     """
     batch, length, heads, size = query.shape
     groups = key.shape[2]

@@ -1,7 +1,6 @@
 """A Llama-like decoder language model whose adjoint needs one layer's activations and one chunk of logits at a time."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -70,10 +69,8 @@ class Decoder:
         linear_shapes = [(layers, *shape) for shape in (*attention.values(), *mlp.values())]
         draws = normals(key, linear_shapes + [(self.vocab_size, size)] * len(embeddings), dtype)
 
-        def linears(names: Iterable[str]) -> dict:
-            return {
-                name: {"weight": draw / math.sqrt(draw.shape[-1])} for name, draw in zip(names, draws, strict=False)
-            }
+        def linear(inputs: int) -> dict:
+            return {"weight": next(draws) / math.sqrt(inputs)}
 
         def ones(*shape: int) -> dict:
             return {"weight": jnp.ones(shape, dtype)}
@@ -81,13 +78,13 @@ class Decoder:
         params = {
             "layers": {
                 "input_layernorm": ones(layers, size),
-                "self_attn": linears(attention),
+                "self_attn": {name: linear(inputs) for name, (_, inputs) in attention.items()},
                 "post_attention_layernorm": ones(layers, size),
-                "mlp": linears(mlp),
+                "mlp": {name: linear(inputs) for name, (_, inputs) in mlp.items()},
             },
             "norm": ones(size),
         }
-        return params | {name: {"weight": draw * 0.02} for name, draw in zip(embeddings, draws, strict=True)}, {}
+        return params | {name: {"weight": next(draws) * 0.02} for name in embeddings}, {}
 
     def apply(self, params: dict, model_state: dict, tokens: Array, *, train: bool = True) -> tuple[Array, dict]:
         """All logits `[batch, length, vocab_size]` of `tokens [batch, length]`; to train, use `token_losses`."""
