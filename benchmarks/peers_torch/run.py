@@ -334,9 +334,8 @@ def main() -> None:
             entries, exact = measure(settings, Path(directory), options)
             parts.append(table(settings, entries, exact))
             failed += [f"{settings.model}: {label}: {e.failure}" for label, e in entries.items() if e.failure]
-    text = "\n".join([*parts, NOTES])
-    options.out.write_text(text)
-    print(text)
+            options.out.write_text("\n".join([*parts, NOTES]))
+    print(options.out.read_text())
     if failed:
         sys.exit("did not run: " + "; ".join(failed))
 
