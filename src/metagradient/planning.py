@@ -67,7 +67,9 @@ def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
     lengths = None if segment is None and chosen.loop == "scan" else [chosen.length]
     steps = len(run.feed) - run.begin
     found = planned(costs, steps, memory, lengths=lengths)
-    return replace(found, loop=chosen.loop if found.length > 1 else "steps")
+    rehearsal = found.length * costs.leaves[found.keep].step_seconds
+    call_seconds = _seconds(run.contract.still_holds) + rehearsal
+    return replace(found, loop=chosen.loop if found.length > 1 else "steps", call_seconds=call_seconds)
 
 
 def _kinds(run: Run, segment: Segment) -> list[LeafKind]:

@@ -31,6 +31,7 @@ class Plan(Schedule):
         rejected: alternatives, the fastest first; some do not fit.
         problem: what was solved.
         loop: how segments are compiled.
+        call_seconds: what a call takes before its first step: checks, and the rehearsal of a segment.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Plan(Schedule):
     rejected: tuple[Estimate, ...] = field(repr=False)
     problem: Problem = field(repr=False)
     loop: Loop = "steps"
+    call_seconds: float = 0.0
 
     @property
     def segment(self) -> Segment:
@@ -57,8 +59,8 @@ class Plan(Schedule):
 
     @property
     def seconds(self) -> float:
-        """Predicted seconds."""
-        return self.estimate.seconds
+        """Predicted seconds of a call, without compilation and the objective."""
+        return self.estimate.seconds + self.call_seconds
 
     def actions(self, segments: int) -> Iterator[Action]:
         """Yield the actions; see `Schedule.actions`.
