@@ -277,8 +277,8 @@ def main() -> None:
     made = (
         f"Made by `python benchmarks/cost.py {' '.join(given.tables)}` on {datetime.date.today()}"
         f": {platform.machine()}, {jax.devices()[0].device_kind}, jax {version('jax')}, "
-        f"metagradient {version('metagradient')}; medians of {given.repeats} rounds, interleaved where ways are compared; the "
-        "long run once."
+        f"metagradient {version('metagradient')}; medians of {given.repeats} rounds, interleaved where ways are "
+        "compared; the long run once."
     )
     text = "\n\n".join("\n".join(block) for block in [*blocks, [made]])
     print(text)
