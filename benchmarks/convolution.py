@@ -26,7 +26,8 @@ from jax import Array, lax
 from metagradient.models import conv3x3
 
 SHAPES = [(64, 32, 3, 32), (64, 32, 32, 64), (64, 16, 64, 128), (64, 8, 128, 128), (250, 8, 8, 16)]
-SCAN_STEPS = 2
+SCAN_STEPS = 3
+SCAN_BATCH = 8
 
 
 def shifted_views(x: Array) -> list[list[Array]]:
@@ -123,23 +124,26 @@ def temporary_mebibytes(compiled: jax.stages.Compiled) -> float:
     return float("nan") if analysis is None else analysis.temp_size_in_bytes / 2**20
 
 
+def compiled_forms(arguments: list[Array], *, adjoint: bool, scan: bool = False) -> dict[str, jax.stages.Compiled]:
+    images = arguments[0].shape[-1] == 3
+    runs = {name: program(form, adjoint=adjoint, images=images) for name, form in FORMS.items()}
+    return {name: jax.jit(scanned(run) if scan else run).lower(*arguments).compile() for name, run in runs.items()}
+
+
 def rows(rounds: int):
     for batch, size, channels, features in SHAPES:
         random = np.random.default_rng(0)
         shapes = [(batch, size, size, channels), (3, 3, channels, features)] * 2
         arguments = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
+        few = [array[:SCAN_BATCH] if array.shape[0] == batch else array for array in arguments]
         for adjoint in (False, True):
-            runs = {name: program(form, adjoint=adjoint, images=channels == 3) for name, form in FORMS.items()}
-            alone = {name: jax.jit(run).lower(*arguments).compile() for name, run in runs.items()}
-            in_scan = {
-                f"{name}, scan": jax.jit(scanned(runs[name])).lower(*arguments).compile()
-                for name in ("direct", "patches")
-            }
+            alone = compiled_forms(arguments, adjoint=adjoint)
             ratios, seconds = interleaved(alone, arguments, rounds)
-            scan_ratios, _ = interleaved({"direct": alone["direct"]} | in_scan, arguments, max(1, rounds // 5))
-            mebibytes = {name: temporary_mebibytes(compiled) for name, compiled in alone.items()}
-            cells = [f"{ratios[name]:.2f} ({mebibytes[name]:.0f})" for name in FORMS]
-            cells += [f"{scan_ratios[name] / SCAN_STEPS:.1f}" for name in in_scan]
+            in_scan = {f"{name}, scan": form for name, form in compiled_forms(few, adjoint=adjoint, scan=True).items()}
+            direct = compiled_forms(few, adjoint=adjoint)["direct"]
+            scan_ratios, _ = interleaved({"direct": direct} | in_scan, few, max(1, rounds // 3))
+            cells = [f"{ratios[name]:.2f} ({temporary_mebibytes(alone[name]):.0f})" for name in FORMS]
+            cells += [f"{scan_ratios[f'{name}, scan'] / SCAN_STEPS:.2f}" for name in FORMS]
             label = f"{batch}x{size}x{size}x{channels} → {features}, {'adjoint' if adjoint else 'gradient'}"
             yield f"| {label} | {seconds * 1e3:.1f} | {' | '.join(cells)} |"
 
@@ -149,11 +153,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    columns = ["convolution", "direct, ms", *FORMS, "direct in a scan, a step", "patches in a scan, a step"]
+    columns = ["convolution", "direct, ms", *FORMS, *(f"{name}, in a scan" for name in FORMS)]
     lines = [
         f"JAX {jax.__version__}, {jax.default_backend()}, {platform.machine()}, "
         f"{len(os.sched_getaffinity(0))} core(s), {datetime.date.today()}. "
-        "Time in units of the direct form's (MiB of temporaries).",
+        "Time in units of the direct form's (MiB of temporaries); "
+        f"in a scan: a step of {SCAN_STEPS}, batch {SCAN_BATCH}, in units of the direct form out of a scan.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",

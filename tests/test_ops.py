@@ -7,6 +7,9 @@ import pytest
 
 from metagradient.models import causal_attention, chunked_cross_entropy, conv3x3
 
+# These programs run once: less optimisation saves a third of the tests' time.
+COMPILE_FAST = {"xla_backend_optimization_level": 0}
+
 
 @pytest.fixture(autouse=True)
 def float64():
@@ -42,7 +45,8 @@ def reverse_over_reverse(operation, arguments, directions):
 def assert_same_derivatives(operation, naive, *shapes, derivatives=derivatives):
     arguments = tuple(normal(seed, *shape) for seed, shape in enumerate(shapes))
     directions = tuple(normal(10 + seed, *shape) for seed, shape in enumerate(shapes))
-    got, expected = (jax.jit(derivatives, static_argnums=0)(form, arguments, directions) for form in (operation, naive))
+    compiled = jax.jit(derivatives, static_argnums=0, compiler_options=COMPILE_FAST)
+    got, expected = (compiled(form, arguments, directions) for form in (operation, naive))
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == theirs.dtype == jnp.float64
         assert jnp.linalg.norm(theirs) > 1e-3
