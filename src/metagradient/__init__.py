@@ -8,7 +8,7 @@ from metagradient.objectives import mean_over
 from metagradient.planning import plan
 from metagradient.replay.budget import Memory
 from metagradient.replay.plan import Plan
-from metagradient.run import train
+from metagradient.run import train, train_many
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
@@ -34,6 +34,7 @@ __all__ = [
     "plan",
     "schedule",
     "train",
+    "train_many",
     "updates",
     "value_and_metagrad",
 ]

@@ -1,11 +1,14 @@
 """A run that has passed every check which costs no training, and plain training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
@@ -15,9 +18,10 @@ from metagradient.replay.fingerprint import fingerprint
 from metagradient.step.choose import choose
 from metagradient.step.contract import Contract, check_steps
 from metagradient.step.feed import Feed
-from metagradient.step.segment import Runner, Segment
+from metagradient.step.rule import Rule
+from metagradient.step.segment import Runner, Segment, advance_one
 from metagradient.training import Training
-from metagradient.trees import PyTree
+from metagradient.trees import PyTree, mismatch
 
 _PRECISE = ("highest", "float32")
 
@@ -101,6 +105,63 @@ def train(training: Training, z: PyTree, *, segment: Segment | int | None = None
                 state = runner.advance(i, state)
                 bar.tick("forward", len(runner.steps(i)))
     return state
+
+
+def train_many(training: Training, zs: Sequence[PyTree], *, at_once: int | None = None) -> list[PyTree]:
+    """Run one training under many metaparameters: a grid of schedules, the trainings of a probe.
+
+    Arguments:
+        training: the run.
+        zs: metaparameters of one structure, a training each.
+        at_once: trainings in one vmapped program; None takes one or all, whichever makes the first steps faster.
+
+    Returns: a final state for each. They are compared well with each other, but their bits are not those of `train`:
+        another program rounds differently.
+
+    Errors: those of `train`; `StructureError` for an empty list, or metaparameters of different structures.
+
+    Cost: T steps a training, and the memory of `at_once` states. Small steps gain from company; a convolution on a
+        CPU loses by it (1.9 to 2.5 times slower, measured).
+
+    >>> import jax.numpy as jnp, metagradient as mg
+    >>> training = mg.Training(jnp.ones(()), lambda state, batch, z: state * z, [{}] * 3)
+    >>> [float(x) for x in mg.train_many(training, [jnp.asarray(0.5), jnp.asarray(2.0)])]
+    [0.125, 8.0]
+    """
+    zs = list(zs)
+    if not zs or (at_once is not None and at_once < 1):
+        raise StructureError("train_many takes at least one z, and at_once is at least 1")
+    zs = [canonical(z) for z in zs]
+    for number, z in enumerate(zs):
+        if problem := mismatch(zs[0], z):
+            raise StructureError(f"zs[{number}] is not like zs[0]: {problem}")
+    with full_precision(training.allow_low_precision):
+        runs = [Run.prepared(training, z, first=number == 0) for number, z in enumerate(zs)]
+        size = at_once or min((1, len(runs)), key=lambda size: _seconds(runs[:size]) / size)
+        groups = [runs[i : i + size] for i in range(0, len(runs), size)]
+        return [state for group in groups for state in _together(group, len(runs[0].feed))]
+
+
+def _seconds(runs: list[Run]) -> float:
+    """Of two steps together, compilation apart."""
+    jax.block_until_ready(_together(runs, 1))
+    start = perf_counter()
+    jax.block_until_ready(_together(runs, 2))
+    return perf_counter() - start
+
+
+def _together(runs: list[Run], steps: int) -> list[PyTree]:
+    rule, feed = runs[0].training.rule, runs[0].feed
+    states = jax.tree.map(lambda *x: jnp.stack(x), *[run.state for run in runs])
+    zs = jax.tree.map(lambda *x: jnp.stack(x), *[run.feed.z for run in runs])
+    for t in range(min(steps, len(feed))):
+        states = _step_many(rule, states, zs, jnp.int32(t), feed[t])
+    return [jax.tree.map(lambda x, i=i: x[i], states) for i in range(len(runs))]
+
+
+@partial(jax.jit, static_argnames="rule", donate_argnames="states")
+def _step_many(rule: Rule, states: PyTree, zs: PyTree, t: jax.Array, batch: PyTree) -> PyTree:
+    return jax.vmap(lambda state, z: advance_one(rule, state, z, t, batch)[0])(states, zs)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Labelled images: scikit-learn's digits, and CIFAR-10 with CIFAR-10N's human labels."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class Images:
         squares = self.images.reshape(n, height // factor, factor, width // factor, factor, channels)
         return replace(self, images=squares.mean(axis=(2, 4)))
 
+    def padded(self, multiple: int) -> Self:
+        """The images with a border of zeros, as even as can be, up to the next multiple of `multiple` pixels."""
+        borders = [(-size % multiple // 2, -(-(-size % multiple) // 2)) for size in self.images.shape[1:3]]
+        return replace(self, images=np.pad(self.images, [(0, 0), *borders, (0, 0)]))
+
 
 def load_digits() -> Images:
     """scikit-learn's 1,797 handwritten digits, float32[1797, 8, 8, 1]; they come with that package.
@@ -62,6 +68,38 @@ def load_digits() -> Images:
     digits: Any = datasets.load_digits()
     images = (digits.images[..., None] / 16).astype(np.float32)
     return Images(images, digits.target.astype(np.int32), None, tuple("0123456789"))
+
+
+def load_images(directory: str | Path, split: str = "train", *, limit: int | None = None) -> Images:
+    """Labelled images in the Hugging Face Parquet layout: CIFAR-10, MNIST, or any other of one size.
+
+    Arguments:
+        directory: holds `<split>-*.parquet`, with a column of encoded images (`img` or `image`, a struct whose `bytes`
+            is a PNG, JPEG, ...) and a column `label` of integers from 0. Class names are read from the files' metadata
+            where they are there.
+        split: "train" or "test".
+        limit: number of images, from the first; None for all.
+
+    Returns: images float32[n, height, width, channels], 1 channel where the first is grey, else 3; no `observed`.
+
+    Errors: `DataError` for a file or column that is absent, a label that is negative, an image that can't be read or
+        has another size, or a limit that the data can't meet.
+
+    Cost: as `load_cifar10`.
+    """
+    files = _split_files(directory, split)
+    names = _schema(files[0]).names
+    column = next((name for name in ("img", "image") if name in names), "img")
+    images, labels = _columns(files, (column, "label"), limit)
+    _check_limit(limit, len(labels), split)
+    labels = labels.to_numpy().astype(np.int32)
+    if labels.min(initial=0) < 0:
+        raise DataError(f"{directory}: {split} has a negative label; drop unlabelled images")
+    pixels = _decoded((row["bytes"].as_py() for row in images), files[0].parent, mode=None)
+    classes = _class_names(files[0]) or tuple(str(i) for i in range(labels.max(initial=0) + 1))
+    if labels.max(initial=0) >= len(classes):
+        raise DataError(f"{directory}: {split} has label {labels.max()}, but {len(classes)} class names")
+    return Images(pixels, labels, None, classes)
 
 
 def load_cifar10(
@@ -86,20 +124,48 @@ def load_cifar10(
 
     Source: A. Krizhevsky, 2009; J. Wei et al., "Learning with Noisy Labels Revisited", ICLR 2022.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"split must be 'train' or 'test', got {split!r}")
-    files = sorted(Path(directory).glob(f"{split}-*.parquet"))
-    if not files:
-        raise DataError(f"{directory} holds no {split}-*.parquet: name a directory with CIFAR-10 in Parquet")
+    files = _split_files(directory, split)
     images, clean = _columns(files, ("img", "label"), limit)
-    if limit is not None and not 1 <= limit <= len(clean):
-        raise DataError(f"limit must be between 1 and the {len(clean)} images of {split}, got {limit}")
+    _check_limit(limit, len(clean), split)
     clean = clean.to_numpy().astype(np.int32)
     observed = None
     if labels is not None and split == "train":
         observed = _human_labels(Path(directory) / "cifar10n.parquet", labels, clean)
     pixels = _decoded((row["bytes"].as_py() for row in images), files[0].parent)
     return Images(pixels, clean, observed, _CIFAR10)
+
+
+def _split_files(directory: str | Path, split: str) -> list[Path]:
+    if split not in ("train", "test"):
+        raise DataError(f"split must be 'train' or 'test', got {split!r}")
+    files = sorted(Path(directory).glob(f"{split}-*.parquet"))
+    if not files:
+        raise DataError(f"{directory} holds no {split}-*.parquet: name a directory with images in Parquet")
+    return files
+
+
+def _check_limit(limit: int | None, there: int, split: str) -> None:
+    if limit is not None and not 1 <= limit <= there:
+        raise DataError(f"limit must be between 1 and the {there} images of {split}, got {limit}")
+
+
+def _schema(file: Path) -> Any:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_schema(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} can't be read as Parquet: {error}") from error
+
+
+def _class_names(file: Path) -> tuple[str, ...] | None:
+    """Names in the Hugging Face feature description of the column `label`, or None."""
+    described = (_schema(file).metadata or {}).get(b"huggingface")
+    if not described:
+        return None
+    names = json.loads(described).get("info", {}).get("features", {}).get("label", {}).get("names")
+    return tuple(names) if names else None
 
 
 def _columns(files: list[Path], names: tuple[str, ...], limit: int | None = None) -> list[Any]:
@@ -128,13 +194,16 @@ def _human_labels(file: Path, name: str, clean: np.ndarray) -> np.ndarray:
     return given[order].astype(np.int32)
 
 
-def _decoded(encoded: Iterable[bytes], source: Path) -> np.ndarray:
+def _decoded(encoded: Iterable[bytes], source: Path, *, mode: Literal["L", "RGB"] | None = "RGB") -> np.ndarray:
+    """Images as float32[n, height, width, channels]; without a mode, grey where the first one is."""
     from PIL import Image
 
     pictures = []
     for row, content in enumerate(encoded):
         try:
-            pictures.append(np.asarray(Image.open(BytesIO(content)).convert("RGB")))
+            image = Image.open(BytesIO(content))
+            mode = mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB")
+            pictures.append(np.atleast_3d(np.asarray(image.convert(mode))))
         except (OSError, TypeError) as error:
             raise DataError(f"{source}: image {row} can't be decoded: {error}") from error
         if pictures[row].shape != pictures[0].shape:
