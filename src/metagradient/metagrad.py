@@ -134,9 +134,11 @@ class Metagradient:
 
         def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
             final.append(state)
-            if first:
-                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step.
+            if first or self.verify:
+                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step. The
+                # device is still busy with the run.
                 run.contract.still_holds()
+            traversal.watch.settle()
             value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
             if not bool(jnp.isfinite(value).all()):
                 raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
@@ -152,7 +154,8 @@ class Metagradient:
             cost = simulate(schedule, len(runner))
             progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
             progress.expect("adjoint", len(runner) * segment.length)
-            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, careful)
+            replays = cost.advances > 0
+            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, replays, careful)
             if self.verify:
                 traversal.rehearse(run.state)
             state = traversal.first_run(run.state)

@@ -51,7 +51,8 @@ class Run:
         Arguments:
             z: canonical metaparameters.
             window: as in `value_and_metagrad`.
-            first: whether this training was not checked before.
+            first: whether this training was not checked before. Where it was, its step is left to be traced beside the
+                device's work, by `contract.still_holds`.
         """
         steps = len(training.batches)
         kinds = wrapped(z)
@@ -66,6 +67,8 @@ class Run:
                 "init gave another state the second time: it draws on something outside z. Make keys of a fixed seed"
             )
         contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
+        if first:
+            contract.check()
         return cls(training, feed, state, contract, 0 if window is None else steps - window)
 
     def chosen(self, segment: Segment | int | None) -> Segment:
