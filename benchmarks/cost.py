@@ -102,8 +102,8 @@ def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int
     )
 
 
-def mlp(steps: int = 512, length: int = 32) -> Problem:
-    return classifier("MLP", MLP(sizes=(64, 128, 10)), digits()[0], steps, 256, mg.Segment(length))
+def mlp(steps: int = 512, length: int = 32, hidden: int = 128) -> Problem:
+    return classifier("MLP", MLP(sizes=(64, hidden, 10)), digits()[0], steps, 256, mg.Segment(length))
 
 
 def resnet9(steps: int = 48) -> Problem:
