@@ -138,7 +138,7 @@ def decoder(corpus: Path, steps: int = 16) -> Problem:
     z = {"weights": mg.PerExample(jnp.ones(900))}
     return Problem(
         "decoder", training, lambda s, z: losses(s.params, s.model_state, target)[0].mean(), z,
-        mg.Segment(1, "steps", "state"),
+        mg.Segment(1, "steps", "gradient"),
     )  # fmt: skip
 
 

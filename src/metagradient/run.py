@@ -75,9 +75,9 @@ class Run:
         """How to compile its steps, measured where `segment` leaves it open."""
         return choose(self.training.rule, segment, self.feed, self.feed.z, self.state, self.begin)
 
-    def runner(self, segment: Segment, *, queries: bool = False) -> Runner:
+    def runner(self, segment: Segment, *, queries: bool = False, hold_bytes: int = 0) -> Runner:
         """A walker at the start of the run."""
-        return Runner(self.training.rule, segment, self.feed, self.feed.z, queries, self.begin)
+        return Runner(self.training.rule, segment, self.feed, self.feed.z, queries, self.begin, hold_bytes)
 
 
 def train(training: Training, z: PyTree, *, segment: Segment | int | None = None, progress: bool = False) -> PyTree:

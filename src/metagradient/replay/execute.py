@@ -95,7 +95,6 @@ class Traversal:
                     working = _constant(working())
                     self.stores.save(at, working(), tier)
                 case Restore(at):
-                    self.runner.forget()
                     working = _constant(self.stores.restore(at))
                 case Drop(at):
                     self.stores.drop(at)
@@ -160,7 +159,8 @@ class Traversal:
         if not self.runner.holds(i):
             batches = self.runner.batches(i)
             # The first and the last segment always, so that every schedule compiles the same programs.
-            if self.replays or i in (-self.runner.before, len(self.runner) - 1):
+            reread = self.replays and self.runner.rereads(i)
+            if reread or i in (-self.runner.before, len(self.runner) - 1):
                 self.watch.batches(self.runner.steps(i).start, batches)
 
     def _size(self, kept: Kept, i: int) -> int:

@@ -14,7 +14,7 @@ from metagradient.errors import StructureError
 from metagradient.metaparameters import Shared, accumulate, is_kind, needs_index, slices
 from metagradient.step.feed import Feed
 from metagradient.step.rule import Cotangent, Keep, Rule
-from metagradient.trees import PyTree, add, strong, zeros
+from metagradient.trees import PyTree, add, nbytes, strong, zeros
 
 Loop = Literal["scan", "unroll", "steps"]
 
@@ -171,6 +171,7 @@ class Runner:
         z: wrapped metaparameters.
         queries: whether cotangents have a leading axis of queries.
         begin: first step that is differentiated; segments are numbered from there, those before it negatively.
+        hold_bytes: host memory for batches that were read, so that replays needn't read them again.
     """
 
     rule: Rule
@@ -179,6 +180,7 @@ class Runner:
     z: PyTree
     queries: bool = False
     begin: int = 0
+    hold_bytes: int = 0
     forward_steps: int = 0
     adjoint_steps: int = 0
 
@@ -186,6 +188,8 @@ class Runner:
         self.rule = self.rule.formed(self.segment.keep, self.segment.unroll_microbatches)
         self._loaded: tuple[int, Any] | None = None
         self._kept: dict[int, Any] = {}
+        self._held: dict[int, Any] = {}
+        self._held_bytes = 0
 
     def __len__(self) -> int:
         """Number of differentiated segments."""
@@ -205,23 +209,34 @@ class Runner:
         return range(start, min(start + self.segment.length, len(self.feed)))
 
     def holds(self, i: int) -> bool:
-        """Whether the batches of segment i are at hand: the last ones read, or those of a kept segment."""
-        return i in self._kept or (self._loaded is not None and self._loaded[0] == i)
+        """Whether the batches of segment i are at hand: held, of a kept segment, or the last ones read."""
+        return i in self._held or i in self._kept or (self._loaded is not None and self._loaded[0] == i)
+
+    def rereads(self, i: int) -> bool:
+        """Whether the batches of segment i, once read, would be read again by a replay."""
+        return i not in self._held
 
     def batches(self, i: int) -> Any:
         """Batches of segment i: stacked for a compiled loop, a list for single steps."""
-        if i in self._kept:
-            return self._kept[i]
+        for held in (self._held, self._kept):
+            if i in held:
+                return held[i]
         if self._loaded is None or self._loaded[0] != i:
             steps = self.steps(i)
             single = self.segment.loop == "steps"
             read = [self.feed[t] for t in steps] if single else self.feed.segment(steps.start, len(steps))
             self._loaded = i, read
+            size = nbytes(read)
+            if self._held_bytes + size <= self.hold_bytes:
+                self._held[i] = read
+                self._held_bytes += size
         return self._loaded[1]
 
     def forget(self) -> None:
-        """Drop the batches last read, so that their next use reads them again."""
+        """Drop all batches but those of kept segments, so that their next use reads them again."""
         self._loaded = None
+        self._held.clear()
+        self._held_bytes = 0
 
     def advance(self, i: int, state: PyTree) -> PyTree:
         """State at the end of segment i from that at its start."""
