@@ -42,8 +42,9 @@ class LossStep:
     Arguments:
         keep: "gradient" leaves each step's gradient to its adjoint, which then doesn't compute it again. With "state"
             the adjoint computes it anew, and XLA merges that with the primal of the tangent: free, unless loops
-            (micro-batches, scanned layers) keep the two apart. "linearisation" leaves the whole linearised gradient
-            (its activations), so that only a tangent is left to do; not for micro-batches.
+            (micro-batches, scanned layers) or floating model state (batch-norm statistics) keep the two apart.
+            "linearisation" leaves the whole linearised gradient (its activations), so that only a tangent is left to
+            do; not for micro-batches.
         unroll: write micro-batches one after the other instead of as a loop.
     """
 
@@ -125,6 +126,9 @@ class LossStep:
         """A gradient is worth keeping where XLA can't merge the adjoint's own copy of it."""
         if self.microbatches > 1:
             return "gradient", (False, True)
+        if floating(state.model_state)[0]:
+            # Cotangents of statistics go through the adjoint's copy too, which makes it another program.
+            return "gradient", (False,)
         closed, _ = trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)
         return ("gradient" if has_loops(closed) else "state"), (False,)
 
