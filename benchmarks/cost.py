@@ -109,7 +109,7 @@ def mlp(steps: int = 512, length: int = 32, hidden: int = 128) -> Problem:
 def resnet9(steps: int = 48) -> Problem:
     images = digits()[0].reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2)
     model = ResNet9.smooth(widths=(16, 32, 64), channels=1)
-    return classifier("ResNet-9", model, images, steps, 64, mg.Segment(1, "steps", "gradient"))
+    return classifier("ResNet-9", model, images, steps, 64, mg.Segment(1, "steps", "state"))
 
 
 def decoder(corpus: Path, steps: int = 16) -> Problem:
