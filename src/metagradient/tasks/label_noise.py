@@ -262,7 +262,7 @@ _NAMES = {
 
 
 def _rows(directory: RunDirectory) -> list[tuple[str, str]]:
-    accuracies = np.load(directory / "accuracies.npz")
+    accuracies = _arrays(directory / "accuracies.npz")
     # The error of a mean over seeds.
     spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
     return [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
@@ -284,7 +284,7 @@ def _print(directory: RunDirectory) -> None:
 def page(directory: RunDirectory) -> Page:
     """The report of a finished run, of its files alone."""
     config, result, records = directory.config, _figures(directory), directory.records
-    learnt = np.load(directory / "weights.npz")
+    learnt = _arrays(directory / "weights.npz")
     weights, given, true, lowest = (learnt[name] for name in ("weights", "given", "true", "lowest"))
     images = "images of CIFAR-10 with human labels" if "data" in config else "handwritten digits"
     losses = {"clean target": [r["value"] for r in records], "held out": [r["held_out"] for r in records]}
@@ -336,6 +336,11 @@ def page(directory: RunDirectory) -> Page:
             (f"{result['training_runs']:.0f}", "training runs' worth of compute"),
         ],
     )
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return dict(stored)
 
 
 def _figures(directory: RunDirectory) -> dict[str, float]:
