@@ -9,6 +9,8 @@ from metagradient.planning import plan
 from metagradient.replay.budget import Memory
 from metagradient.replay.plan import Plan
 from metagradient.run import train, train_many
+from metagradient.smoothness.directions import random_directions
+from metagradient.smoothness.probe import Smoothness, metasmoothness
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
@@ -24,6 +26,7 @@ __all__ = [
     "Plan",
     "Segment",
     "Shared",
+    "Smoothness",
     "Stats",
     "TrainState",
     "Training",
@@ -31,7 +34,9 @@ __all__ = [
     "descend",
     "errors",
     "mean_over",
+    "metasmoothness",
     "plan",
+    "random_directions",
     "schedule",
     "train",
     "train_many",
