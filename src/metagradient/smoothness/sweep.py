@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
+from metagradient.files import append_text, write_text
 from metagradient.run import train_many
 from metagradient.smoothness.probe import metasmoothness
 from metagradient.training import Training
@@ -170,15 +171,14 @@ def sweep(
         raise StructureError(f"rates must be positive learning rates, at least one, got {list(rates)}")
     settings = _plain({"rates": rates, "slack": slack, "step": step, "accuracy_seeds": accuracy_seeds, "seed": seed})
     path = Path(file) if file is not None else None
-    done = _read(path, settings) if path else []
+    done = _done(path, settings) if path else []
     outcomes = []
     for recipe in recipes:
         outcome = next((o for o in done if o.knobs == _plain(recipe)), None)
         if outcome is None:
             outcome = _outcome(make(recipe), recipe, rates, slack, step, accuracy_seeds, seed, at_once)
             if path:
-                with path.open("a") as lines:
-                    lines.write(json.dumps({"settings": settings, **vars(outcome)}) + "\n")
+                append_text(path, json.dumps({"settings": settings, **vars(outcome)}) + "\n")
         outcomes.append(outcome)
         if progress:
             progress(outcome)
@@ -235,23 +235,31 @@ def _plain(values: Any) -> Any:
     return json.loads(json.dumps(values))
 
 
-def _read(path: Path, settings: dict[str, Any]) -> list[Outcome]:
-    """Outcomes in a file. A last line that was cut off is dropped from it."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    outcomes = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            values = json.loads(line)
-            written, outcome = values.pop("settings"), Outcome(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as problem:
-            raise ConfigError(f"{path}, line {number}: not an outcome of a sweep ({problem})") from problem
+def _done(path: Path, settings: dict[str, Any]) -> list[Outcome]:
+    """Outcomes in a sweep's own file, which is made where absent. A last line that was cut off is dropped from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, text[: text.rfind("\n") + 1])
+    for number, (written, _) in enumerate(_lines(path), 1):
         if written != settings:
             raise ConfigError(f"{path}, line {number}: written under other settings ({written}); choose another file")
-        outcomes.append(outcome)
-    return outcomes
+    return read_sweep(path).outcomes
+
+
+def read_sweep(path: Path) -> Sweep:
+    """What the file of a sweep holds so far.
+
+    Errors: `ConfigError` for a line that is no outcome.
+    """
+    return Sweep([outcome for _, outcome in _lines(path)])
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], Outcome]]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            values = json.loads(line)
+            found.append((values.pop("settings"), Outcome(**values)))
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+            raise ConfigError(f"{path}, line {number}: not an outcome of a sweep ({problem})") from problem
+    return found

@@ -1,5 +1,6 @@
 """Which training recipes have useful metagradients? Probe each, at the learning rate that suits it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,19 +15,24 @@ from rich.console import Console
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
-from metagradient.descent.loop import descend, fresh_seed
+from metagradient.descent.journal import RECORDS
+from metagradient.descent.loop import descend
+from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
+from metagradient.files import write_text
 from metagradient.metagrad import value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep
-from metagradient.report.page import write
+from metagradient.report.page import Page, write
 from metagradient.run import train_many
 from metagradient.smoothness.directions import random_directions
-from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, jointly, one_at_a_time, sweep
+from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, jointly, one_at_a_time, read_sweep, sweep
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe, one_cycle
 from metagradient.tasks.directory import RunDirectory, free_directory
-from metagradient.tasks.smoothness_page import Cut, compared, figures_of, page, printed
+from metagradient.tasks.smoothness_page import Cut, compared, figures_of, printed, told
 from metagradient.training import Training
 from metagradient.trees import PyTree
+
+_CUTS = "cuts.json"
 
 
 @dataclass(frozen=True)
@@ -170,9 +176,9 @@ class Bench:
     def _gain(self, training: Training, objective: Any, z: PyTree) -> float:
         """By how much a few meta-steps on data weights, one seed throughout, lower the validation loss."""
         update = optax.chain(updates.normalised(self.config.gain_rate), optax.stateless(_only_weights))
-        records = list(descend(training, objective, z, update, self.config.gain_steps, project=_boxed))
-        after = float(objective(train_many(training, [records[-1].z], at_once=1)[0], z))
-        return records[0].value - after
+        descent = descend(training, objective, z, update, self.config.gain_steps, project=_boxed)
+        records = list(descent)
+        return records[0].value - float(objective(train_many(training, [descent.z], at_once=1)[0], z))
 
     def cut(self, name: str, outcome: Outcome) -> Cut:
         """The validation loss along the metagradient, at the recipe's learning rate."""
@@ -199,8 +205,11 @@ def _boxed(z: PyTree) -> PyTree:
     return {**z, "weights": updates.box(0, 2)(z["weights"])}
 
 
-def run(config: SmoothnessProbe) -> dict[str, Any]:
+def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:
     """Run the task, print what was found, and fill the run's directory.
+
+    Arguments:
+        resume: go on with the run that `config.out` holds; recipes that were probed are not probed again.
 
     Returns: the figures in `result.json`.
 
@@ -212,28 +221,30 @@ def run(config: SmoothnessProbe) -> dict[str, Any]:
     start = perf_counter()
     console = Console()
     bench = load(config)
-    directory = RunDirectory(config.out or free_directory("smoothness"), config)
-    recipes = config.recipes()
-
-    def told(outcome: Outcome) -> None:
-        console.print(printed(outcome), highlight=False)
-
-    found = probe(bench, recipes, directory / "records.jsonl", told)
+    directory = RunDirectory.begin(config.out or free_directory("smoothness"), config, "smoothness", resume=resume)
+    found = probe(bench, config.recipes(), directory / RECORDS, lambda o: console.print(printed(o), highlight=False))
     cuts = cuts_of(bench, found) if config.cut_points else []
+    write_text(directory / _CUTS, json.dumps([vars(cut) for cut in cuts]) + "\n")
     result = {**figures_of(found), "seconds": perf_counter() - start}
     directory.result(result)
-    write(page(config.data, directory.config, found, cuts, result), directory / "report.html")
+    write(page(directory), directory / "report.html")
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     return result
 
 
-def probe(bench: Bench, recipes: Sequence[Knobs], file: Path, told: Any = None) -> Sweep:
+def page(directory: RunDirectory) -> Page:
+    """The report of a finished run, of its files alone."""
+    cuts = [Cut(**cut) for cut in json.loads((directory / _CUTS).read_text(encoding="utf-8"))]
+    return told(directory, read_sweep(directory / RECORDS), cuts)
+
+
+def probe(bench: Bench, recipes: Sequence[Knobs], file: Path, progress: Any = None) -> Sweep:
     """Sweep over recipes, with the settings of a bench."""
     c = bench.config
     seeds = [fresh_seed(c.seed, i) for i in range(c.accuracy_seeds)]
     return sweep(
         bench.candidate, recipes, rates=c.rates, slack=c.slack, file=file, step=c.step, accuracy_seeds=seeds,
-        seed=c.seed, at_once=1, progress=told,
+        seed=c.seed, at_once=1, progress=progress,
     )  # fmt: skip
 
 

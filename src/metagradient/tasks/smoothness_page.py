@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from metagradient.report.figures import Figure, curves, scatter
 from metagradient.report.page import Page, Section, Table
 from metagradient.smoothness.sweep import Knobs, Outcome, Sweep
 from metagradient.tasks.classifier import ROUGH
-from metagradient.tasks.directory import versions
+from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.pages import closing
 
 
 @dataclass(frozen=True)
@@ -168,46 +168,33 @@ def landscapes(cuts: Sequence[Cut]) -> Figure:
     )
 
 
-def page(data: Path | None, settings: dict[str, Any], found: Sweep, cuts: list[Cut], result: dict[str, Any]) -> Page:
+def told(directory: RunDirectory, found: Sweep, cuts: list[Cut]) -> Page:
     """The report."""
     base, rows = found.outcomes[0], [cells_of(o) for o in found.ranked("score")]
-    source = f"images of {data}" if data else "handwritten digits"
+    result = directory.figures or {}
+    source = f"images of {directory.config['data']}" if "data" in directory.config else "handwritten digits"
     summary = (
         f"{len(found.outcomes)} ways to train a ResNet-9 on {source}. A metagradient says how the trained network "
         "would change if an example weighed a little more; it is of use only where the training answers such a change "
-        "smoothly. That was probed here for every recipe, at the learning rate with which it trains best.\n\n"
+        "smoothly. That was probed here for every recipe, at the learning rate that suits it.\n\n"
         f"The smoothest was: {result['smoothest']}. The most accurate: {result['most_accurate']}."
     )
-    figures = [f for f in (trade_off(found), gains(found)) if f]
     facts = [(f"{row['score']:.2f}", "smoothness of the first recipe") for row in [row_of(base, "examples")] if row]
     if "score_examples_standard" in result:
         facts.append((f"{result['score_examples_standard']:.2f}", "smoothness of the standard recipe"))
     if "spearman_gain" in result:
         facts.append((f"{result['spearman_gain']:.2f}", "rank correlation of smoothness with what descent gains"))
+    recipes = Section(
+        "Recipes, smoothest first",
+        "Smoothness is Definition 2 (1 is smooth) along random tenths of the examples and along whole classes, with "
+        "95 % bootstrap intervals over the directions. Noise: what pure noise of the same size would read at most. "
+        "Accuracy: mean ± standard error over fresh seeds. Gain: by how much a few meta-steps on data weights lower "
+        "the validation loss.",
+        Table(HEADER, rows),
+        figures=[figure for figure in (trade_off(found), gains(found)) if figure],
+    )
+    cost = f"{result['seconds']:.0f} seconds since the run was last begun, compilation included."
+    along = [Section("The loss along the metagradient", figures=(landscapes(cuts),))] if cuts else []
     return Page(
-        "Which recipes have useful metagradients?",
-        summary,
-        [
-            Section(
-                "Recipes, smoothest first",
-                "Smoothness is Definition 2 (1 is smooth) along random tenths of the examples and along whole classes, "
-                "with 95 % bootstrap intervals over the directions. Noise: what pure noise of the same size would read "
-                "at most. Accuracy: mean ± standard error over fresh seeds. Gain: by how much a few meta-steps on data "
-                "weights lower the validation loss.",
-                Table(HEADER, rows),
-                figures=figures,
-            ),
-            *(
-                [Section("The loss along the metagradient", figures=(landscapes(cuts),))]
-                if cuts
-                else []
-            ),
-            Section("Settings", table=Table(("setting", "value"), list(settings.items()))),
-            Section(
-                "Cost and versions",
-                f"{result['seconds']:.0f} seconds in all, compilation included.",
-                Table(("what", "version"), list(versions().items())),
-            ),
-        ],
-        facts,
-    )  # fmt: skip
+        "Which recipes have useful metagradients?", summary, [recipes, *along, *closing(directory, cost)], facts
+    )
