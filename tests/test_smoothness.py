@@ -91,7 +91,7 @@ def test_the_null_is_the_mean_over_all_signs():
 def test_a_training_on_digits_reads_what_numpy_makes_of_its_runs(kind: str):
     problem = with_optimiser("momentum")
     training, z = problem.training(), problem.z
-    draws = mg.random_directions(z, 2, seed=3)
+    draws = mg.smoothness.random_directions(z, 2, seed=3)
     only = [{k: x if k == kind else jax.tree.map(jnp.zeros_like, x) for k, x in v.items()} for v in draws["normal"]]
     found = mg.metasmoothness(training, z, problem.objective, directions={kind: only}, step=0.05)
 
@@ -129,7 +129,7 @@ def test_every_kind_of_direction_shares_the_run_at_z_and_whole_is_plain_data():
 
 def test_directions_are_what_they_say():
     z = {"w": mg.PerExample(jnp.ones(40)), "lr": mg.Shared(jnp.ones(()))}
-    drawn = mg.random_directions(z, 3, groups=np.arange(40) % 2, share=0.25, seed=1)
+    drawn = mg.smoothness.random_directions(z, 3, groups=np.arange(40) % 2, share=0.25, seed=1)
     for v in drawn["examples"]:
         assert sorted(np.unique(v["w"].value)) == [0, 1]
         assert v["w"].value.sum() == 10

@@ -1,6 +1,6 @@
 """Exact gradients through whole training runs, in bounded memory, on JAX."""
 
-from metagradient import errors, schedule, updates
+from metagradient import errors, schedule, smoothness, updates
 from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
 from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
@@ -9,8 +9,7 @@ from metagradient.planning import plan
 from metagradient.replay.budget import Memory
 from metagradient.replay.plan import Plan
 from metagradient.run import train, train_many
-from metagradient.smoothness.directions import random_directions
-from metagradient.smoothness.probe import Smoothness, metasmoothness
+from metagradient.smoothness import Smoothness, metasmoothness
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
@@ -39,8 +38,8 @@ __all__ = [
     "mean_over",
     "metasmoothness",
     "plan",
-    "random_directions",
     "schedule",
+    "smoothness",
     "train",
     "train_many",
     "updates",

@@ -31,7 +31,7 @@ def random_directions(
         where z has no `PerExample` leaf.
 
     >>> import jax.numpy as jnp, metagradient as mg
-    >>> found = random_directions({"weights": mg.PerExample(jnp.ones(20))}, 2, groups=np.arange(20) % 4)
+    >>> found = mg.smoothness.random_directions({"weights": mg.PerExample(jnp.ones(20))}, 2, groups=np.arange(20) % 4)
     >>> {kind: float(trees[0]["weights"].value.sum()) for kind, trees in found.items() if kind != "normal"}
     {'examples': 2.0, 'groups': 5.0}
     """
