@@ -164,13 +164,13 @@ CIFAR-10 (a JPEG copy) averaged to 16x16; {CONFIG.examples:,} training images, {
 {CONFIG.recipe.steps} steps of SGD with Nesterov momentum {CONFIG.recipe.momentum}, one-cycle learning rate. *Smooth*:
 batch norm before GELU, average pooling. *Standard*: batch norm after ReLU, max pooling. **Learning rate**: of
 {", ".join(f"{r:g}" for r in CONFIG.rates)}, the lowest whose validation loss is no more than {CONFIG.slack} above the
-best, one training each; all else is measured at that rate. **Def. 2** (1 is smooth): at h = 0.1 on data weights around 1,
+best, one training each; all else is measured at that rate. **Def. 2** (1 is smooth): at h = 0.1 on data weights of 1,
 along {CONFIG.directions} random tenths of the examples and {CONFIG.directions} whole classes, with 95 % bootstrap
 intervals over the directions (of three directions, no more than their range). **Noise**: the 97.5 % quantile of what
 Def. 2 reads where every sign is a fair coin, and the sizes of this run's movements are shuffled within each leaf; noise
 of the other kind, where the three trainings end in places that have nothing to do with each other, reads 0.
 **Accuracy**: test, mean ± standard error over {CONFIG.accuracy_seeds} fresh seeds. **Gain**: by how much
-{CONFIG.gain_steps} meta-steps on data weights (root mean square {CONFIG.gain_rate} each, one seed throughout, weights in
+{CONFIG.gain_steps} meta-steps on data weights (root mean square {CONFIG.gain_rate} each, one seed throughout, in
 [0, 2]) lower the validation loss that they descend on.
 """.split()
 )
