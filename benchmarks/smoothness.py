@@ -32,7 +32,7 @@ CONFIG = SmoothnessProbe(
     rates=(0.1, 0.15, 0.2, 0.3, 0.6),
     directions=3,
     accuracy_seeds=3,
-    gain_steps=2,
+    gain_images=100,
 )
 RECIPES: list[dict[str, Any]] = [
     {},
@@ -170,8 +170,9 @@ intervals over the directions (of three directions, no more than their range). *
 Def. 2 reads where every sign is a fair coin, and the sizes of this run's movements are shuffled within each leaf; noise
 of the other kind, where the three trainings end in places that have nothing to do with each other, reads 0.
 **Accuracy**: test, mean ± standard error over {CONFIG.accuracy_seeds} fresh seeds. **Gain**: by how much
-{CONFIG.gain_steps} meta-steps on data weights (root mean square {CONFIG.gain_rate} each, one seed throughout, in
-[0, 2]) lower the validation loss that they descend on.
+{CONFIG.gain_steps} meta-steps of poisoning ({CONFIG.gain_images} random images, sign steps of {CONFIG.gain_rate} on
+pixels, one seed throughout) raise the validation loss that they climb, beyond the mean over three moves of the same
+pixels by as much with random signs.
 """.split()
 )
 

@@ -33,6 +33,7 @@ from metagradient.training import Training
 from metagradient.trees import PyTree
 
 _CUTS = "cuts.json"
+_RANDOM_MOVES = 3
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ class SmoothnessProbe:
     """step sizes of the probe, in units of a data weight"""
     accuracy_seeds: int = 3
     """fresh seeds on which accuracy is measured"""
-    gain_steps: int = 3
-    """meta-steps on data weights that measure what metagradient descent gains; 0 leaves that out"""
-    gain_rate: float = 0.3
-    """root mean square of the weights' move in a meta-step"""
+    gain_images: int = 20
+    """training images whose pixels metagradient descent poisons, to measure what it gains; 0 leaves that out"""
+    gain_steps: int = 2
+    """meta-steps of that"""
+    gain_rate: float = 0.12
+    """move of every pixel in one of them"""
     cut_points: int = 9
     """points of a cut through the loss along the metagradient; 0 leaves cuts out"""
     cut_reach: float = 0.3
@@ -152,10 +155,15 @@ class Bench:
         pool, validation, test = (classifier.fitted(x) for x in (self.pool, self.validation, self.test))
         objective = classifier.mean_loss(validation)
 
-        def z(rate: float) -> PyTree:
+        def log_rate(rate: float) -> PerStep:
             r = classifier.recipe
-            rates = one_cycle(r.steps, rate, r.peak, r.start, r.end)
-            return {"weights": PerExample(jnp.ones(len(pool))), "log_rate": PerStep(jnp.log(jnp.asarray(rates)))}
+            return PerStep(jnp.log(jnp.asarray(one_cycle(r.steps, rate, r.peak, r.start, r.end))))
+
+        def z(rate: float) -> PyTree:
+            return {"weights": PerExample(jnp.ones(len(pool))), "log_rate": log_rate(rate)}
+
+        def gain(training: Training, rate: float) -> float:
+            return self._gain(training, objective, pool, log_rate(rate))
 
         def directions(z: PyTree, seed: int) -> dict[str, list[PyTree]]:
             drawn = random_directions(
@@ -170,15 +178,36 @@ class Bench:
             objective=objective,
             accuracy=lambda state: classifier.accuracy(state, test),
             directions=directions,
-            gain=(lambda training, rate: self._gain(training, objective, z(rate))) if self.config.gain_steps else None,
+            gain=gain if self.config.gain_images else None,
         )
 
-    def _gain(self, training: Training, objective: Any, z: PyTree) -> float:
-        """By how much a few meta-steps on data weights, one seed throughout, lower the validation loss."""
-        update = optax.chain(updates.normalised(self.config.gain_rate), optax.stateless(_only_weights))
-        descent = descend(training, objective, z, update, self.config.gain_steps, project=_boxed)
-        records = list(descent)
-        return records[0].value - float(objective(train_many(training, [descent.z], at_once=1)[0], z))
+    def _gain(self, training: Training, objective: Any, pool: Images, log_rate: PerStep) -> float:
+        """What a few meta-steps of poisoning, one seed throughout, raise the validation loss by.
+
+        Counted from the mean over the same moves with random signs: at a rough recipe's z any move changes the loss,
+        and a rate that was chosen for a low loss there would count as a gain of the descent.
+        """
+        c, rng = self.config, np.random.default_rng((self.config.seed, 5))
+        rows = np.sort(rng.choice(len(pool), c.gain_images, replace=False))
+        chosen = jnp.asarray(pool.images[rows])
+        z = {"pixels": PerExample(jnp.zeros_like(chosen), rows), "log_rate": log_rate}
+
+        def only_pixels(update: PyTree, _: Any) -> PyTree:
+            return {**update, "log_rate": jax.tree.map(jnp.zeros_like, update["log_rate"])}
+
+        def in_range(z: PyTree) -> PyTree:
+            moved = PerExample(jnp.clip(z["pixels"].value, -chosen, 1 - chosen), rows)
+            return {**z, "pixels": moved}
+
+        update = optax.chain(updates.ascent(updates.sign(c.gain_rate)), optax.stateless(only_pixels))
+        descent = descend(training, objective, z, update, c.gain_steps, project=in_range)
+        list(descent)
+        moved = descent.z["pixels"].value
+        drawn = [rng.choice([-1.0, 1.0], moved.shape).astype(np.float32) for _ in range(_RANDOM_MOVES)]
+        randomly = [in_range({**z, "pixels": PerExample(moved * signs, rows)}) for signs in drawn]
+        zs = [descent.z, *randomly]
+        after, *others = (float(objective(s, z)) for s in train_many(training, zs, at_once=1))
+        return after - float(np.mean(others))
 
     def cut(self, name: str, outcome: Outcome) -> Cut:
         """The validation loss along the metagradient, at the recipe's learning rate."""
@@ -195,14 +224,6 @@ class Bench:
         states = train_many(training, zs, at_once=1)
         losses = [float(candidate.objective(state, z)) for state in states]
         return Cut(name, places.tolist(), losses, float(jnp.linalg.norm(g)))
-
-
-def _only_weights(update: PyTree, _: Any) -> PyTree:
-    return {**update, "log_rate": jax.tree.map(jnp.zeros_like, update["log_rate"])}
-
-
-def _boxed(z: PyTree) -> PyTree:
-    return {**z, "weights": updates.box(0, 2)(z["weights"])}
 
 
 def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:

@@ -151,8 +151,8 @@ def gains(found: Sweep) -> Figure | None:
         points,
         stressed=set(),
         x="smoothness (Def. 2, along examples)",
-        y="fall of the validation loss",
-        caption="What metagradient descent on data weights gains, by smoothness: Spearman correlation "
+        y="rise of the validation loss",
+        caption="What a few meta-steps of poisoning reach, by smoothness: Spearman correlation "
         f"{measured[0]:.2f} over {measured[1]} recipes.",
     )
 
@@ -188,8 +188,8 @@ def told(directory: RunDirectory, found: Sweep, cuts: list[Cut]) -> Page:
         "Recipes, smoothest first",
         "Smoothness is Definition 2 (1 is smooth) along random tenths of the examples and along whole classes, with "
         "95 % bootstrap intervals over the directions. Noise: what pure noise of the same size would read at most. "
-        "Accuracy: mean ± standard error over fresh seeds. Gain: by how much a few meta-steps on data weights lower "
-        "the validation loss.",
+        "Accuracy: mean ± standard error over fresh seeds. Gain: by how much a few meta-steps of poisoning raise the "
+        "validation loss, beyond what the same moves of pixels with random signs do.",
         Table(HEADER, rows),
         figures=[figure for figure in (trade_off(found), gains(found)) if figure],
     )
