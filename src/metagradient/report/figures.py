@@ -1,7 +1,7 @@
 """Figures of a report: SVG that follows the reader's light or dark scheme, with a caption and a text alternative."""
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle
@@ -60,6 +60,52 @@ def weights_by_group(weights: np.ndarray, flipped: np.ndarray) -> Figure:
         "Weights after the descent. It was never told which labels are flipped.",
         f"Two histograms of training examples by weight: {means}.",
     )
+
+
+def scatter(
+    points: Sequence[tuple[str, float, float]], *, stressed: Collection[str], x: str, y: str, caption: str
+) -> Figure:
+    """Named points.
+
+    Arguments:
+        points: (name, x, y).
+        stressed: names to stress.
+        x, y: names of the axes.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 4.6)
+    for number, (name, across, up) in enumerate(points, 1):
+        axes.plot(across, up, "o", color=_COLOURS[1] if name in stressed else _COLOURS[0], markersize=6)
+        axes.annotate(str(number), (across, up), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
+    axes.set(xlabel=x, ylabel=y)
+    key = "; ".join(f"{number} {name}" for number, (name, *_) in enumerate(points, 1))
+    read = "; ".join(f"{name} at {across:.3g}, {up:.3g}" for name, across, up in points)
+    return _figure(canvas, f"{caption} {key}.", f"{caption} {y} by {x}: {read}.")
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], float]], *, x: str, y: str, caption: str
+) -> Figure:
+    """Curves side by side on one scale, each with the tangent that a derivative promises at zero.
+
+    Arguments:
+        series: by name, (places with zero in the middle, values there, by how much they should fall a unit of x).
+        x, y: names of the axes.
+        caption: what the figure shows.
+    """
+    canvas = _canvas(7, 3.2)
+    first: Any = None
+    for number, (name, (places, values, slope)) in enumerate(series.items(), 1):
+        axes = first = _styled(canvas.add_subplot(1, len(series), number, facecolor="none", sharey=first))
+        axes.plot(places, values, color=_COLOURS[number - 1], linewidth=2, marker="o", markersize=3.5)
+        limits = axes.get_ylim()
+        tangent = values[len(values) // 2] - slope * np.asarray(places)
+        axes.plot(places, tangent, color=_INK, linewidth=1, linestyle="--")
+        axes.set_ylim(limits)
+        axes.set_title(name, fontsize=10, color=_INK)
+        axes.set(xlabel=x, ylabel=y if number == 1 else "")
+    read = "; ".join(f"{name} from {min(v):.3g} to {max(v):.3g}" for name, (_, v, _) in series.items())
+    return _figure(canvas, caption, f"{caption} Range of {y}: {read}.")
 
 
 def least_trusted(
@@ -128,7 +174,10 @@ def _canvas(width: float, height: float) -> Canvas:
 
 def _axes(width: float, height: float) -> tuple[Canvas, Any]:
     canvas = _canvas(width, height)
-    axes = canvas.add_subplot(facecolor="none")
+    return canvas, _styled(canvas.add_subplot(facecolor="none"))
+
+
+def _styled(axes: Any) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK)
@@ -136,7 +185,7 @@ def _axes(width: float, height: float) -> tuple[Canvas, Any]:
     axes.yaxis.label.set_color(_INK)
     axes.grid(axis="y", color=_INK, alpha=0.12)
     axes.set_axisbelow(True)
-    return canvas, axes
+    return axes
 
 
 def _legend(axes: Any) -> None:

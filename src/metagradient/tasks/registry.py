@@ -42,4 +42,15 @@ def _report() -> Task:
     return Task(task.Report(), task.run)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"demo": _demo, "plan": _plan, "report": _report}
+def _smoothness() -> Task:
+    from metagradient.tasks import smoothness as task
+
+    return Task(task.SmoothnessProbe(), task.run, preset="tiny", page=task.page)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "demo": _demo,
+    "plan": _plan,
+    "report": _report,
+    "smoothness": _smoothness,
+}
