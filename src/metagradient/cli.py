@@ -4,7 +4,7 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import Field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,7 +86,12 @@ def _commands() -> dict[str, Command]:
 
         return Pricing(), run, None
 
-    return {"demo": demo, "plan": plan}
+    def schedule() -> tuple[Any, Callable[[Any], Any], str | None]:
+        from metagradient.tasks.schedule import RateSchedule, run
+
+        return RateSchedule(), run, "tiny"
+
+    return {"demo": demo, "plan": plan, "schedule": schedule}
 
 
 def _usage(commands: dict[str, Any]) -> str:
@@ -116,5 +121,13 @@ def _with_values(config: Any, values: dict[str, Any], source: str) -> Any:
     strange = sorted(set(values) - set(known))
     if strange:
         raise ConfigError(f"{source}: unknown setting {', '.join(strange)}; known are {', '.join(known)}")
-    paths = {k: Path(v) for k, v in values.items() if "Path" in str(known[k].type)}
-    return replace(config, **{**values, **paths})
+    return replace(config, **{k: _value(getattr(config, k), known[k], v, source) for k, v in values.items()})
+
+
+def _value(default: Any, setting: Field[Any], value: Any, source: str) -> Any:
+    """A value of a file as its setting holds it: a path, a tuple, or a configuration within the configuration."""
+    if is_dataclass(default) and isinstance(value, dict):
+        return _with_values(default, value, f"{source}, {setting.name}")
+    if "Path" in str(setting.type):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value

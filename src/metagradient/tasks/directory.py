@@ -29,8 +29,7 @@ class RunDirectory:
             raise ConfigError(f"{path} holds a run already: choose another --out, or delete it")
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        values = {k: v for k, v in asdict(config).items() if v is not None and k != "out"}
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        plain = _plain({k: v for k, v in asdict(config).items() if k != "out"})
         (path / "config.toml").write_text(tomli_w.dumps(plain))
         self.config = plain
 
@@ -45,6 +44,15 @@ class RunDirectory:
     def result(self, values: dict[str, Any]) -> None:
         """Write the run's figures, a flat dictionary, to `result.json`."""
         (self / "result.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as TOML holds them: without those that are None, paths as strings."""
+
+    def plain(value: Any) -> Any:
+        return _plain(value) if isinstance(value, dict) else str(value) if isinstance(value, Path) else value
+
+    return {k: plain(v) for k, v in values.items() if v is not None}
 
 
 def free_directory(name: str) -> Path:

@@ -1,0 +1,393 @@
+"""Learn a learning-rate schedule by metagradient descent, and hold it against a grid of one-cycle schedules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from metagradient.data.images import Images, load_digits, load_images
+from metagradient.descent import updates
+from metagradient.descent.loop import MetaStep, descend, fresh_seed
+from metagradient.errors import ConfigError
+from metagradient.metaparameters import PerStep, Shared
+from metagradient.progress import Progress
+from metagradient.report.page import write
+from metagradient.tasks.classifier import Classifier, Recipe, interpolated, one_cycle
+from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.schedule_page import ARMS, page, printed
+from metagradient.tasks.trials import Trials
+from metagradient.trees import PyTree
+
+_POINTS = 6  # of the curve of accuracy against compute: at all of a search, at a half of it, at a quarter, ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One-cycle schedules that are tried instead: all combinations. And constant rates, tried apart."""
+
+    peaks: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    """highest learning rates"""
+    positions: tuple[float, ...] = (0.1, 0.3, 0.5)
+    """where the peak is, as a share of the run"""
+    starts: tuple[float, ...] = (0.1,)
+    """learning rates of the first step, as a share of the peak"""
+    ends: tuple[float, ...] = (0.01, 0.1)
+    """learning rates of the last step, as a share of the peak"""
+    constants: tuple[float, ...] = (0.05, 0.1, 0.2)
+    """constant learning rates"""
+
+    def combinations(self, seed: int) -> np.ndarray:
+        """Peak, position, start and end of every one-cycle schedule, float[n, 4], shuffled: any prefix is a sample."""
+        found = np.array(list(product(self.peaks, self.positions, self.starts, self.ends)))
+        return np.random.default_rng((seed, 3)).permutation(found)
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """Learn a learning-rate schedule with metagradients, and compare it with the best of a grid.
+
+    Without --data: scikit-learn's 1,797 handwritten digits. With it: any directory of labelled images in Parquet
+    (CIFAR-10, MNIST, ...); --preset tiny has settings for it that take minutes, --preset paper the published ones.
+    """
+
+    data: Path | None = None
+    """directory with train-*.parquet, and perhaps test-*.parquet; none takes the digits"""
+    shrink: int = 2
+    """average images of --data down by this factor, where it divides their size"""
+    out: Path | None = None
+    """directory of this run; none takes a free one under runs/"""
+    seed: int = 0
+    """seed of the split and of all trainings' seeds"""
+    examples: int = 897
+    """training images"""
+    target: int = 300
+    """images whose loss the descent lowers"""
+    validation: int = 300
+    """images on which the best meta-step and the best of the grid are picked"""
+    test: int = 300
+    """images on which results are measured, of the test files where there are any"""
+    recipe: Recipe = field(
+        default_factory=lambda: Recipe(widths=(8, 16), batch=64, steps=60, learning_rate=0.05, start=1.0, end=1.0)
+    )
+    """how a classifier is trained; the descent starts from its schedule, which is flat where start and end are 1"""
+    knots: int = 10
+    """learning rates learnt, at even places of the run with straight lines (in the logarithm) between; 0 learns one
+    for every step"""
+    meta_steps: int = 12
+    """meta-steps, each with a fresh seed"""
+    rate: float = 0.3
+    """how far the logarithm of a learning rate moves in the first meta-step"""
+    final_rate: float = 0.06
+    """... and in the last"""
+    momentum: float = 0.8
+    """momentum of the descent (Adam's first decay)"""
+    second_decay: float = 0.95
+    """Adam's second decay in the descent"""
+    patience: int | None = None
+    """stop after so many meta-steps without a better validation loss; none never stops early"""
+    grid: Grid = field(default_factory=Grid)
+    """what is tried instead"""
+    at_once: int = 8
+    """trainings of the grid in one program, where measuring shows that it pays"""
+    finalists: int = 3
+    """schedules of the grid, and of the descent, whose validation loss is measured again"""
+    finalist_seeds: int = 2
+    """... on so many other seeds; the best mean is picked"""
+    seeds: int = 5
+    """fresh seeds on which results are measured"""
+
+
+@dataclass(frozen=True)
+class _Splits:
+    train: Images
+    target: Images
+    validation: Images
+    test: Images
+
+
+@dataclass(frozen=True)
+class _Search:
+    """A way to find a schedule: those it tried, in order, what each had cost by then, and how well it did."""
+
+    rates: np.ndarray  # float32[n, T]
+    costs: np.ndarray  # float[n], cumulative training runs
+    losses: np.ndarray  # float[n], on validation, one seed each
+
+    def finalists(self, count: int) -> np.ndarray:
+        """Numbers of the `count` best, best first."""
+        return np.argsort(np.nan_to_num(self.losses, nan=np.inf), kind="stable")[:count]
+
+    def by_compute(self) -> list[tuple[float, int]]:
+        """What it would have picked with less compute: (training runs, number of the schedule) at halvings of all."""
+        points = []
+        for runs in self.costs[-1] / 2.0 ** np.arange(_POINTS)[::-1]:
+            affordable = int(np.searchsorted(self.costs, runs, side="right"))
+            if affordable:
+                points.append((float(runs), int(np.nanargmin(self.losses[:affordable]))))
+        return points
+
+
+def run(config: RateSchedule) -> dict[str, Any]:
+    """Run the task, print what was learnt, and fill the run's directory.
+
+    Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `mgd`): `accuracy_ARM`, `loss_ARM`
+        (means over fresh seeds, on the test images), their standard errors `..._error`, and `training_runs_ARM`, the
+        compute that finding it took. `accuracy_gain`, `loss_gain`: the descent's minus the grid's, with errors of
+        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds_grid`, `seconds_mgd`.
+
+    Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
+
+    Cost: `meta_steps` metagradients, a training for every schedule of the grid, `finalist_seeds` for every finalist and
+        constant, and up to about 16 x `seeds` to measure; about two minutes for the digits on two cores.
+    """
+    start = perf_counter()
+    _check(config)
+    splits = _split(config)
+    classifier = Classifier(config.recipe, len(splits.train.classes), splits.train.images.shape[-1])
+    splits = _Splits(*(classifier.fitted(s) for s in (splits.train, splits.target, splits.validation, splits.test)))
+    directory = RunDirectory(config.out or free_directory("schedule"), config)
+    with Progress(True) as progress:
+        trials = Trials(
+            classifier,
+            splits.train,
+            {"validation": splits.validation, "test": splits.test},
+            directory,
+            at_once=config.at_once,
+            progress=progress,
+        )
+        own = config.recipe.rates()
+        records = _descend(config, classifier, splits, directory, progress)
+        combinations = config.grid.combinations(config.seed)
+        searches = {"grid": _grid(config, trials, combinations), "mgd": _descent(config, records)}
+        picks = {name: _picked(config, trials, name, search) for name, search in searches.items()}
+        flat = _flat(config, trials)
+        arms = {"start": own, "flat": flat, **{n: searches[n].rates[p] for n, p in picks.items()}}
+        fresh = _measured(config, trials, arms, searches)
+    runs = _training_runs(config, searches)
+    result = {
+        **_figures({name: fresh[name] for name in ARMS}),
+        **{f"training_runs_{name}": count for name, count in runs.items()},
+        "seconds_grid": trials.seconds("grid"),
+        "seconds_mgd": sum(r.stats.seconds for r in records),
+        "seconds": perf_counter() - start,
+        "best_step": picks["mgd"],
+        **dict(zip(("grid_peak", "grid_position", "grid_start", "grid_end"), combinations[picks["grid"]], strict=True)),
+        "flat_rate": float(flat[0]),
+        "grid_size": len(combinations),
+        "meta_steps": len(records),
+        "seeds": config.seeds,
+    }
+    np.savez(
+        directory / "schedules.npz",
+        learnt=searches["mgd"].rates,
+        value=[r.value for r in records],
+        held_out=searches["mgd"].losses,
+        **arms,
+        **{f"curve_{name}": _curve(name, search, fresh) for name, search in searches.items()},
+    )
+    directory.result(result)
+    write(page(directory.path), directory / "report.html")
+    printed(Console(), directory.path)
+    return result
+
+
+def _check(config: RateSchedule) -> None:
+    """Raise `ConfigError` for settings that can't work, before anything is read."""
+    r, grid = config.recipe, config.grid
+    for name in ("examples", "target", "validation", "test", "shrink", "meta_steps", "finalists", "finalist_seeds"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.examples < r.batch:
+        raise ConfigError(f"examples must hold at least a batch of {r.batch}, got {config.examples}")
+    if config.knots == 1 or not 0 <= config.knots <= r.steps:
+        raise ConfigError(f"knots must be 0, or between 2 and the {r.steps} steps of a run, got {config.knots}")
+    if config.seeds < 2:
+        raise ConfigError(f"seeds must be at least 2, to have an error, got {config.seeds}")
+    for name in ("peaks", "positions", "starts", "ends", "constants"):
+        values = getattr(grid, name)
+        if not values or min(values) <= 0:
+            raise ConfigError(f"grid.{name} must hold numbers above 0, got {values}")
+    if max(grid.positions) >= 1:
+        raise ConfigError(f"grid.positions must be below 1, got {grid.positions}")
+    if min(r.learning_rate, r.start, r.end) <= 0:
+        raise ConfigError("recipe.learning_rate, start and end must be above 0: their logarithms are learnt")
+
+
+def _split(config: RateSchedule) -> _Splits:
+    wanted = config.examples + config.target + config.validation
+    test = None
+    if config.data is None:
+        pool = load_digits()
+    elif any(config.data.glob("test-*.parquet")):
+        pool = _shrunk(load_images(config.data, limit=wanted), config.shrink)
+        test = _shrunk(load_images(config.data, "test", limit=config.test), config.shrink)
+    else:
+        pool = _shrunk(load_images(config.data, limit=wanted + config.test), config.shrink)
+    if test is None and wanted + config.test > len(pool):
+        raise ConfigError(
+            f"examples + target + validation + test is {wanted + config.test}, but there are only {len(pool)} images"
+        )
+    order = np.random.default_rng((config.seed, 1)).permutation(len(pool))
+    ends = np.cumsum([config.examples, config.target, config.validation])
+    train, target, validation, rest = (pool.take(rows) for rows in np.split(order, ends))
+    return _Splits(train, target, validation, test or rest.take(np.arange(config.test)))
+
+
+def _shrunk(images: Images, factor: int) -> Images:
+    return images if any(size % factor for size in images.images.shape[1:3]) else images.shrunk(factor)
+
+
+def _start(config: RateSchedule) -> PyTree:
+    """Metaparameters that give the recipe's own schedule."""
+    logs = np.log(config.recipe.rates())
+    if not config.knots:
+        return {"log_rate": PerStep(jnp.asarray(logs))}
+    places = np.linspace(0, len(logs) - 1, config.knots)
+    return {"log_knots": Shared(jnp.asarray(np.interp(places, np.arange(len(logs)), logs), jnp.float32))}
+
+
+def _rates(z: PyTree, steps: int) -> np.ndarray:
+    """The learning rate of every step, float32[steps]."""
+    logs = z["log_rate"].value if "log_rate" in z else interpolated(z["log_knots"].value, jnp.arange(steps), steps)
+    return np.asarray(jnp.exp(logs), np.float32)
+
+
+def _descend(
+    config: RateSchedule, classifier: Classifier, splits: _Splits, directory: RunDirectory, progress: Progress
+) -> list[MetaStep]:
+    rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
+    update = optax.chain(
+        updates.normalise(),
+        optax.scale_by_adam(config.momentum, config.second_decay),
+        optax.scale_by_learning_rate(rate),
+    )
+    steps = descend(
+        lambda seed: classifier.training(splits.train.images, splits.train.labels, seed),
+        classifier.mean_loss(splits.target),
+        _start(config),
+        update,
+        config.meta_steps,
+        held_out=classifier.mean_loss(splits.validation),
+        seed=config.seed,
+    )
+    records: list[MetaStep] = []
+    progress.expect("meta-steps", config.meta_steps)
+    for record in _until_patience_ends(steps, config.patience):
+        records.append(record)
+        directory.record(
+            step=record.step,
+            value=record.value,
+            held_out=record.held_out,
+            grad_norm=record.grad_norm,
+            training_runs=record.training_runs,
+            seconds=record.stats.seconds,
+        )
+        progress.tick("meta-steps", 1)
+    return records
+
+
+def _until_patience_ends(steps: Iterator[MetaStep], patience: int | None) -> Iterator[MetaStep]:
+    best, since = np.inf, 0
+    for record in steps:
+        yield record
+        assert record.held_out is not None
+        best, since = (record.held_out, 0) if record.held_out < best else (best, since + 1)
+        if patience is not None and since >= patience:
+            return
+
+
+def _descent(config: RateSchedule, records: list[MetaStep]) -> _Search:
+    """The descent as a search: a meta-step measures the schedule that it starts from."""
+    tried = [_start(config), *(r.z for r in records[:-1])]
+    rates = np.stack([_rates(z, config.recipe.steps) for z in tried])
+    costs = np.cumsum([r.training_runs for r in records])
+    return _Search(rates, costs, np.array([r.held_out for r in records], np.float64))
+
+
+def _grid(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> _Search:
+    rates = np.stack([one_cycle(config.recipe.steps, *row) for row in combinations])
+    losses = trials.scores("grid", rates, _selection_seed(config, 0), "validation")[:, 0]
+    return _Search(rates, np.arange(1.0, len(rates) + 1), losses)
+
+
+def _selection_seed(config: RateSchedule, number: int) -> int:
+    """Seed that picks among schedules: neither of the descent, nor of the measurement at the end."""
+    return int(np.random.SeedSequence((config.seed, 2, number)).generate_state(1)[0])
+
+
+def _mean_losses(config: RateSchedule, trials: Trials, stage: str, rates: np.ndarray) -> np.ndarray:
+    """Mean validation losses over the finalists' seeds, float[n]."""
+    seeds = [_selection_seed(config, 1 + i) for i in range(config.finalist_seeds)]
+    losses = [trials.scores(stage, rates, seed, "validation")[:, 0] for seed in seeds]
+    return np.nan_to_num(np.mean(losses, axis=0), nan=np.inf)
+
+
+def _picked(config: RateSchedule, trials: Trials, name: str, search: _Search) -> int:
+    """Number of the best finalist of a search."""
+    finalists = search.finalists(config.finalists)
+    return int(finalists[np.argmin(_mean_losses(config, trials, f"finalists of {name}", search.rates[finalists]))])
+
+
+def _flat(config: RateSchedule, trials: Trials) -> np.ndarray:
+    """The best constant schedule, float32[T]."""
+    rates = np.stack([np.full(config.recipe.steps, rate, np.float32) for rate in config.grid.constants])
+    return rates[np.argmin(_mean_losses(config, trials, "flat", rates))]
+
+
+def _training_runs(config: RateSchedule, searches: dict[str, _Search]) -> dict[str, float]:
+    """Compute that finding each arm's schedule took, in training runs."""
+    extra = {name: min(config.finalists, len(s.rates)) * config.finalist_seeds for name, s in searches.items()}
+    return {
+        "start": 0.0,
+        "flat": float(len(config.grid.constants) * config.finalist_seeds),
+        **{name: float(search.costs[-1]) + extra[name] for name, search in searches.items()},
+    }
+
+
+def _measured(
+    config: RateSchedule, trials: Trials, arms: dict[str, np.ndarray], searches: dict[str, _Search]
+) -> dict[str, np.ndarray]:
+    """Loss and accuracy on the test images, float[seeds, 2], of arms and of what searches would have picked earlier.
+
+    The latter go by `NAME NUMBER`. All are trained on the same seeds, which nothing else used.
+    """
+    early = {
+        f"{name} {number}": search.rates[number]
+        for name, search in searches.items()
+        for _, number in search.by_compute()
+    }
+    wanted = arms | early
+    distinct = {rates.tobytes(): rates for rates in wanted.values()}
+    rates = np.stack(list(distinct.values()))
+    seeds = [fresh_seed(config.seed, i) for i in range(config.seeds)]
+    scores = np.stack([trials.scores("fresh", rates, seed, "test") for seed in seeds])
+    place = {key: number for number, key in enumerate(distinct)}
+    return {name: scores[:, place[rates.tobytes()]] for name, rates in wanted.items()}
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of a mean."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _figures(fresh: dict[str, np.ndarray]) -> dict[str, float]:
+    found = {}
+    for place, what in enumerate(("loss", "accuracy")):
+        series = {f"{what}_{name}": scores[:, place] for name, scores in fresh.items()}
+        series[f"{what}_gain"] = fresh["mgd"][:, place] - fresh["grid"][:, place]
+        for name, values in series.items():
+            found |= {name: float(values.mean()), f"{name}_error": _error(values)}
+    return found
+
+
+def _curve(name: str, search: _Search, fresh: dict[str, np.ndarray]) -> np.ndarray:
+    """Training runs, mean accuracy and its error, float[points, 3]."""
+    values = [(runs, fresh[f"{name} {number}"][:, 1]) for runs, number in search.by_compute()]
+    return np.array([(runs, v.mean(), _error(v)) for runs, v in values])

@@ -1,0 +1,147 @@
+"""What a learnt learning-rate schedule leaves for people: a table on the terminal, and a page."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as Printed
+
+from metagradient.report.figures import Figure, against_compute, lines, schedules
+from metagradient.report.page import Page, Section, Table
+from metagradient.tasks.directory import versions
+
+ARMS = {
+    "start": "the descent's start",
+    "flat": "best constant rate",
+    "grid": "best of the grid",
+    "mgd": "metagradient descent",
+}
+_HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """A row an arm: name, accuracy and loss with standard errors, training runs that finding it took."""
+    return [
+        (
+            words,
+            f"{result[f'accuracy_{name}']:.2%} ± {result[f'accuracy_{name}_error']:.2%}",
+            f"{result[f'loss_{name}']:.4f} ± {result[f'loss_{name}_error']:.4f}",
+            f"{result[f'training_runs_{name}']:.0f} training runs",
+        )
+        for name, words in ARMS.items()
+    ]
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The descent against the grid, in a sentence."""
+    runs = {name: f"{result[f'training_runs_{name}']:.0f}" for name in ("mgd", "grid")}
+    return (
+        f"On the same fresh seeds, the descent's accuracy less the grid's is {100 * result['accuracy_gain']:+.2f} ± "
+        f"{100 * result['accuracy_gain_error']:.2f} points, its loss less the grid's {result['loss_gain']:+.4f} ± "
+        f"{result['loss_gain_error']:.4f}. It took {runs['mgd']} training runs' worth of compute, the grid {runs['grid']}."
+    )
+
+
+def figures(directory: Path) -> tuple[Figure, Figure, Figure]:
+    """Schedules, accuracy against compute, and losses per meta-step, of a finished run."""
+    result, saved = _result(directory), np.load(directory / "schedules.npz")
+    chosen = {ARMS[name]: saved[name] for name in ("mgd", "grid", "flat", "start")}
+    curves = {ARMS[name]: saved[f"curve_{name}"] for name in ("mgd", "grid")}
+    levels = {ARMS[name]: result[f"accuracy_{name}"] for name in ("flat", "start")}
+    return (
+        schedules(saved["learnt"], chosen),
+        against_compute(
+            curves,
+            levels,
+            y="test accuracy",
+            caption="Test accuracy of what each search would have picked, had it been stopped there (picked on one "
+            "training each; mean and standard error over fresh seeds).",
+        ),
+        lines(
+            {"target": saved["value"], "validation": saved["held_out"]},
+            x="meta-step",
+            y="loss",
+            caption="Loss of the trained model at the schedule of each meta-step, each on a fresh seed: on the images "
+            "that the descent aims at, and on those that only pick its best step.",
+        ),
+    )
+
+
+def page(directory: Path) -> Page:
+    """The report of a finished run, made from the files in its directory."""
+    result = _result(directory)
+    settings = tomllib.loads((directory / "config.toml").read_text())
+    curves, compute, losses = figures(directory)
+    learnt = f"{settings['knots']} points of it" if settings["knots"] else "a learning rate for every step"
+    summary = (
+        "A learning rate says how far each training step moves a model, and good ones change over the run. Here such a "
+        f"schedule ({learnt}) was learnt by metagradient descent: train a model, differentiate its final loss "
+        "through the whole training run, and move the schedule against that gradient. "
+        f"Each of the {result['meta_steps']} meta-steps trains on a fresh seed.\n\n"
+        f"It is held against the best of {result['grid_size']} one-cycle schedules (up to a peak, and down), each "
+        f"trained and compared on the same validation images. {verdict(result)}"
+    )
+    return Page(
+        "Learning a learning-rate schedule",
+        summary,
+        [
+            Section(
+                "What was learnt",
+                f"Each row trains the same model with other learning rates; means ± standard errors over "
+                f"{result['seeds']} fresh seeds that no search saw, on test images that none saw. A metagradient "
+                "counts as about four training runs, a training of the grid as one; measuring models isn't counted.",
+                Table(_HEADER, rows(result), emphasis=3),
+                (curves,),
+            ),
+            Section(
+                "Accuracy against compute",
+                "Both searches stop being worth their compute somewhere; this shows where.",
+                figures=(compute,),
+            ),
+            Section(
+                "How it got there",
+                f"Meta-step {result['best_step']} was picked: of the {settings['finalists']} with the lowest "
+                f"validation loss, the best on {settings['finalist_seeds']} other seeds. The grid's pick, chosen "
+                f"likewise, peaks at {result['grid_peak']:g} after {result['grid_position']:.0%} of the run, starts at "
+                f"{result['grid_start']:g} and ends at {result['grid_end']:g} of its peak.",
+                figures=(losses,),
+            ),
+            Section("Settings", table=Table(("setting", "value"), list(_flattened(settings).items()))),
+            Section(
+                "Cost and versions",
+                f"Wall time: descent {result['seconds_mgd']:.0f} s, grid {result['seconds_grid']:.0f} s, all "
+                f"{result['seconds']:.0f} s.",
+                Table(("what", "version"), list(versions().items())),
+            ),
+        ],
+        [
+            (f"{result['accuracy_mgd']:.1%}", "test accuracy, learnt"),
+            (f"{result['accuracy_grid']:.1%}", f"best of {result['grid_size']} tried"),
+            (f"{result['training_runs_mgd']:.0f}", f"training runs; the grid took {result['training_runs_grid']:.0f}"),
+        ],
+    )
+
+
+def printed(console: Console, directory: Path) -> None:
+    """Print the table of arms, and the verdict."""
+    result = _result(directory)
+    table = Printed(*_HEADER, title="Mean ± standard error over fresh seeds")
+    for row in rows(result):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(result), highlight=False)
+    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+
+
+def _result(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "result.json").read_text())
+
+
+def _flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in settings.items():
+        found |= _flattened(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
