@@ -41,7 +41,8 @@ def verdict(result: dict[str, Any]) -> str:
     return (
         f"On the same fresh seeds, the descent's accuracy less the grid's is {100 * result['accuracy_gain']:+.2f} ± "
         f"{100 * result['accuracy_gain_error']:.2f} points, its loss less the grid's {result['loss_gain']:+.4f} ± "
-        f"{result['loss_gain_error']:.4f}. It took {runs['mgd']} training runs' worth of compute, the grid {runs['grid']}."
+        f"{result['loss_gain_error']:.4f}. It took {runs['mgd']} training runs' worth of compute, the grid "
+        f"{runs['grid']}."
     )
 
 
