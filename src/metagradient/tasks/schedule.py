@@ -184,14 +184,14 @@ def run(config: RateSchedule) -> dict[str, Any]:
         "meta_steps": len(records),
         "seeds": config.seeds,
     }
-    np.savez(
-        directory / "schedules.npz",
-        learnt=searches["mgd"].rates,
-        value=[r.value for r in records],
-        held_out=searches["mgd"].losses,
+    shown: dict[str, Any] = {
+        "learnt": searches["mgd"].rates,
+        "value": [r.value for r in records],
+        "held_out": searches["mgd"].losses,
         **arms,
         **{f"curve_{name}": _curve(name, search, fresh) for name, search in searches.items()},
-    )
+    }
+    np.savez(directory / "schedules.npz", **shown)
     directory.result(result)
     write(page(directory.path), directory / "report.html")
     printed(Console(), directory.path)
