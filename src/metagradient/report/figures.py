@@ -131,6 +131,8 @@ def schedules(learnt: np.ndarray, chosen: Mapping[str, np.ndarray]) -> Figure:
     for (name, rates), colour in zip(chosen.items(), _COLOURS, strict=False):
         axes.plot(rates, color=colour, label=name, linewidth=2.2)
     axes.set(xlabel="training step", ylabel="learning rate", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     _legend(axes)
     ends = "; ".join(f"{name} starts at {r[0]:.2g}, peaks at {r.max():.2g}, ends at {r[-1]:.2g}"
                      for name, r in chosen.items())  # fmt: skip
@@ -153,7 +155,8 @@ def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float
         axes.errorbar(runs, values, errors, color=colour, label=name, linewidth=2, marker="o", markersize=4, capsize=3)
     for (name, value), colour in zip(levels.items(), _COLOURS[2:], strict=False):
         axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=name)
-    axes.set(xlabel="compute spent on the search, in training runs", ylabel=y, xscale="log")
+    axes.set(xlabel="compute spent on the search, in training runs", ylabel=y)
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     _legend(axes)
     ends = "; ".join(f"{name}: {points[-1, 1]:.3g} after {points[-1, 0]:.0f} runs" for name, points in curves.items())

@@ -1,6 +1,6 @@
 """Learn a learning-rate schedule by metagradient descent, and hold it against a grid of one-cycle schedules."""
 
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -14,8 +14,10 @@ from rich.console import Console
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
-from metagradient.descent.loop import MetaStep, descend, fresh_seed
+from metagradient.descent.journal import RECORDS, TIMINGS, read_lines
+from metagradient.descent.loop import descend, fresh_seed
 from metagradient.errors import ConfigError
+from metagradient.files import write_text
 from metagradient.metaparameters import PerStep, Shared
 from metagradient.progress import Progress
 from metagradient.report.page import write
@@ -25,6 +27,7 @@ from metagradient.tasks.schedule_page import ARMS, page, printed
 from metagradient.tasks.trials import Trials
 from metagradient.trees import PyTree
 
+_TRIED = "schedules.jsonl"  # learning rates at every meta-step, one line each
 _POINTS = 6  # of the curve of accuracy against compute: at all of a search, at a half of it, at a quarter, ...
 
 
@@ -81,7 +84,9 @@ class RateSchedule:
     """learning rates learnt, at even places of the run with straight lines (in the logarithm) between; 0 learns one
     for every step"""
     meta_steps: int = 12
-    """meta-steps, each with a fresh seed"""
+    """meta-steps, each with fresh seeds"""
+    inner_seeds: int = 1
+    """trainings a meta-step, each from a seed of its own"""
     rate: float = 0.3
     """how far the logarithm of a learning rate moves in the first meta-step"""
     final_rate: float = 0.06
@@ -163,9 +168,9 @@ def run(config: RateSchedule) -> dict[str, Any]:
             progress=progress,
         )
         own = config.recipe.rates()
-        records = _descend(config, classifier, splits, directory, progress)
+        search, seconds = _descend(config, classifier, splits, directory.path, progress)
         combinations = config.grid.combinations(config.seed)
-        searches = {"grid": _grid(config, trials, combinations), "mgd": _descent(config, records)}
+        searches = {"grid": _grid(config, trials, combinations), "mgd": search}
         picks = {name: _picked(config, trials, name, search) for name, search in searches.items()}
         flat = _flat(config, trials)
         arms = {"start": own, "flat": flat, **{n: searches[n].rates[p] for n, p in picks.items()}}
@@ -175,19 +180,17 @@ def run(config: RateSchedule) -> dict[str, Any]:
         **_figures({name: fresh[name] for name in ARMS}),
         **{f"training_runs_{name}": count for name, count in runs.items()},
         "seconds_grid": trials.seconds("grid"),
-        "seconds_mgd": sum(r.stats.seconds for r in records),
+        "seconds_mgd": seconds,
         "seconds": perf_counter() - start,
         "best_step": picks["mgd"],
         **dict(zip(("grid_peak", "grid_position", "grid_start", "grid_end"), combinations[picks["grid"]], strict=True)),
         "flat_rate": float(flat[0]),
         "grid_size": len(combinations),
-        "meta_steps": len(records),
+        "meta_steps": len(search.rates),
         "seeds": config.seeds,
     }
     shown: dict[str, Any] = {
-        "learnt": searches["mgd"].rates,
-        "value": [r.value for r in records],
-        "held_out": searches["mgd"].losses,
+        "learnt": search.rates,
         **arms,
         **{f"curve_{name}": _curve(name, search, fresh) for name, search in searches.items()},
     }
@@ -201,13 +204,26 @@ def run(config: RateSchedule) -> dict[str, Any]:
 def _check(config: RateSchedule) -> None:
     """Raise `ConfigError` for settings that can't work, before anything is read."""
     r, grid = config.recipe, config.grid
-    for name in ("examples", "target", "validation", "test", "shrink", "meta_steps", "finalists", "finalist_seeds"):
+    for name in (
+        "examples",
+        "target",
+        "validation",
+        "test",
+        "shrink",
+        "meta_steps",
+        "inner_seeds",
+        "finalists",
+        "finalist_seeds",
+        "at_once",
+    ):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.examples < r.batch:
         raise ConfigError(f"examples must hold at least a batch of {r.batch}, got {config.examples}")
     if config.knots == 1 or not 0 <= config.knots <= r.steps:
         raise ConfigError(f"knots must be 0, or between 2 and the {r.steps} steps of a run, got {config.knots}")
+    if config.patience is not None and config.patience < 1:
+        raise ConfigError(f"patience must be at least 1, got {config.patience}")
     if config.seeds < 2:
         raise ConfigError(f"seeds must be at least 2, to have an error, got {config.seeds}")
     for name in ("peaks", "positions", "starts", "ends", "constants"):
@@ -260,55 +276,41 @@ def _rates(z: PyTree, steps: int) -> np.ndarray:
 
 
 def _descend(
-    config: RateSchedule, classifier: Classifier, splits: _Splits, directory: RunDirectory, progress: Progress
-) -> list[MetaStep]:
+    config: RateSchedule, classifier: Classifier, splits: _Splits, directory: Path, progress: Progress
+) -> tuple[_Search, float]:
+    """The descent as a search, and its wall time in seconds. A meta-step measures the schedule that it starts from."""
     rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
     update = optax.chain(
         updates.normalise(),
         optax.scale_by_adam(config.momentum, config.second_decay),
         optax.scale_by_learning_rate(rate),
     )
-    steps = descend(
+    descent = descend(
         lambda seed: classifier.training(splits.train.images, splits.train.labels, seed),
         classifier.mean_loss(splits.target),
         _start(config),
         update,
         config.meta_steps,
+        seeds=config.inner_seeds,
         held_out=classifier.mean_loss(splits.validation),
+        patience=config.patience,
         seed=config.seed,
+        out=directory,
     )
-    records: list[MetaStep] = []
-    progress.expect("meta-steps", config.meta_steps)
-    for record in _until_patience_ends(steps, config.patience):
-        records.append(record)
-        directory.record(
-            step=record.step,
-            value=record.value,
-            held_out=record.held_out,
-            grad_norm=record.grad_norm,
-            training_runs=record.training_runs,
-            seconds=record.stats.seconds,
-        )
+    progress.expect("meta-steps", config.meta_steps - descent.step)
+    tried: list[Any] = read_lines(directory / _TRIED)
+    while not descent.over:
+        # Before the step is taken: however it ends, what it measured is written down.
+        tried = [*tried[: descent.step], _rates(descent.z, config.recipe.steps).tolist()]
+        write_text(directory / _TRIED, "".join(json.dumps(rates) + "\n" for rates in tried))
+        next(descent)
         progress.tick("meta-steps", 1)
-    return records
-
-
-def _until_patience_ends(steps: Iterator[MetaStep], patience: int | None) -> Iterator[MetaStep]:
-    best, since = np.inf, 0
-    for record in steps:
-        yield record
-        assert record.held_out is not None
-        best, since = (record.held_out, 0) if record.held_out < best else (best, since + 1)
-        if patience is not None and since >= patience:
-            return
-
-
-def _descent(config: RateSchedule, records: list[MetaStep]) -> _Search:
-    """The descent as a search: a meta-step measures the schedule that it starts from."""
-    tried = [_start(config), *(r.z for r in records[:-1])]
-    rates = np.stack([_rates(z, config.recipe.steps) for z in tried])
-    costs = np.cumsum([r.training_runs for r in records])
-    return _Search(rates, costs, np.array([r.held_out for r in records], np.float64))
+    took = read_lines(directory / TIMINGS)
+    return _Search(
+        np.array(tried, np.float32),
+        np.cumsum([line["training_runs"] for line in took]),
+        np.array([line["held_out"] for line in read_lines(directory / RECORDS)]),
+    ), sum(line["seconds"] for line in took)
 
 
 def _grid(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> _Search:
@@ -318,8 +320,8 @@ def _grid(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> _Se
 
 
 def _selection_seed(config: RateSchedule, number: int) -> int:
-    """Seed that picks among schedules: neither of the descent, nor of the measurement at the end."""
-    return int(np.random.SeedSequence((config.seed, 2, number)).generate_state(1)[0])
+    """Seed for picking among schedules: neither of the descent, nor of the measurement at the end."""
+    return fresh_seed(config.seed, config.seeds + number)
 
 
 def _mean_losses(config: RateSchedule, trials: Trials, stage: str, rates: np.ndarray) -> np.ndarray:

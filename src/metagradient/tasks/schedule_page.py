@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
+from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.report.figures import Figure, against_compute, lines, schedules
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import versions
@@ -19,6 +20,7 @@ ARMS = {
     "grid": "best of the grid",
     "mgd": "metagradient descent",
 }
+_SHORT = {"mgd": "descent", "grid": "best of grid", "flat": "best constant", "start": "start"}
 _HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
 
 
@@ -49,9 +51,10 @@ def verdict(result: dict[str, Any]) -> str:
 def figures(directory: Path) -> tuple[Figure, Figure, Figure]:
     """Schedules, accuracy against compute, and losses per meta-step, of a finished run."""
     result, saved = _result(directory), np.load(directory / "schedules.npz")
-    chosen = {ARMS[name]: saved[name] for name in ("mgd", "grid", "flat", "start")}
-    curves = {ARMS[name]: saved[f"curve_{name}"] for name in ("mgd", "grid")}
-    levels = {ARMS[name]: result[f"accuracy_{name}"] for name in ("flat", "start")}
+    records = read_lines(directory / RECORDS)
+    chosen = {name: saved[arm] for arm, name in _SHORT.items()}
+    curves = {_SHORT[arm]: saved[f"curve_{arm}"] for arm in ("mgd", "grid")}
+    levels = {_SHORT[arm]: result[f"accuracy_{arm}"] for arm in ("flat", "start")}
     return (
         schedules(saved["learnt"], chosen),
         against_compute(
@@ -62,10 +65,10 @@ def figures(directory: Path) -> tuple[Figure, Figure, Figure]:
             "training each; mean and standard error over fresh seeds).",
         ),
         lines(
-            {"target": saved["value"], "validation": saved["held_out"]},
+            {"target": [r["value"] for r in records], "validation": [r["held_out"] for r in records]},
             x="meta-step",
             y="loss",
-            caption="Loss of the trained model at the schedule of each meta-step, each on a fresh seed: on the images "
+            caption="Loss of the trained model at the schedule of each meta-step, on fresh seeds: on the images "
             "that the descent aims at, and on those that only pick its best step.",
         ),
     )
@@ -81,7 +84,7 @@ def page(directory: Path) -> Page:
         "A learning rate says how far each training step moves a model, and good ones change over the run. Here such a "
         f"schedule ({learnt}) was learnt by metagradient descent: train a model, differentiate its final loss "
         "through the whole training run, and move the schedule against that gradient. "
-        f"Each of the {result['meta_steps']} meta-steps trains on a fresh seed.\n\n"
+        f"Each of the {result['meta_steps']} meta-steps trains on fresh seeds.\n\n"
         f"It is held against the best of {result['grid_size']} one-cycle schedules (up to a peak, and down), each "
         f"trained and compared on the same validation images. {verdict(result)}"
     )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.data.images import Images
+from metagradient.descent.journal import read_lines
+from metagradient.files import append_text, write_text
 from metagradient.metaparameters import PerStep
 from metagradient.progress import Progress
 from metagradient.run import fastest_company, train_many
@@ -45,10 +47,11 @@ class Trials:
         self._classifier, self._images, self._at_once, self._progress = classifier, images, at_once, progress
         self._measured_on = {name: (found, classifier.mean_loss(found)) for name, found in measured_on.items()}
         self._path = directory / "trainings.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-        for line in lines:
-            self._remember(json.loads(line))
+        for row in read_lines(self._path):
+            self._remember(row)
+        # Without a last line that a kill tore.
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
         self._company: int | None = None
 
     def scores(self, stage: str, rates: np.ndarray, seed: int, on: str) -> np.ndarray:
@@ -73,11 +76,10 @@ class Trials:
             start = perf_counter()
             found = [self._score(state, on) for state in self._trained(training, zs[chunk])]
             seconds = (perf_counter() - start) / len(found)
-            with self._path.open("a") as file:
-                for number, (loss, accuracy) in zip(missing[chunk], found, strict=True):
-                    row = {"stage": stage, "seed": seed, "number": number, "loss": loss, "accuracy": accuracy}
-                    self._remember(row | {"seconds": seconds})
-                    file.write(json.dumps(row | {"seconds": seconds}) + "\n")
+            for number, (loss, accuracy) in zip(missing[chunk], found, strict=True):
+                row = {"stage": stage, "seed": seed, "number": number, "loss": loss, "accuracy": accuracy}
+                self._remember(row | {"seconds": seconds})
+                append_text(self._path, json.dumps(row | {"seconds": seconds}) + "\n")
             self._progress.tick(stage, len(found))
         rows = [self._rows[stage, seed, i] for i in range(len(rates))]
         return np.array([(row["loss"], row["accuracy"]) for row in rows])
