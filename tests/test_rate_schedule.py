@@ -17,6 +17,8 @@ from PIL import Image
 import metagradient as mg
 from metagradient.cli import main
 from metagradient.data.images import load_digits
+from metagradient.descent import journal as journal_module
+from metagradient.files import append_text
 from metagradient.progress import Progress
 from metagradient.tasks import trials as trials_module
 from metagradient.tasks.classifier import Classifier, Recipe
@@ -63,6 +65,10 @@ def small(tmp_path: Path) -> Path:
 
 def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
+
+
+def without_seconds(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if "seconds" not in name}
 
 
 @pytest.mark.parametrize("kind", ["log_knots", "log_rate"])
@@ -124,9 +130,7 @@ def test_the_command_learns_a_schedule_and_counts_what_everything_cost(small, tm
     assert "best of the grid" in page
     assert "metagradient descent" in capsys.readouterr().out
     assert main(["schedule", "--config", str(out / "config.toml"), "--out", str(tmp_path / "again")]) == 0
-    assert {k: v for k, v in result(tmp_path / "again").items() if "seconds" not in k} == {
-        k: v for k, v in found.items() if "seconds" not in k
-    }
+    assert without_seconds(result(tmp_path / "again")) == without_seconds(found)
 
 
 def mnist_like(directory: Path) -> Path:
@@ -162,10 +166,40 @@ def test_any_image_directory_will_do_and_a_rate_for_every_step(small, tmp_path):
     assert main(["schedule", *arguments, "--examples", "100", "--out", str(tmp_path / "without")]) == 0
 
 
+def test_a_run_that_is_cut_off_goes_on_to_the_same_figures(small, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["schedule", "--config", str(small), "--out", str(whole)]) == 0
+    cuts = iter([2, 3])  # into the descent, and into what comes after
+    for _ in range(2):
+        left = next(cuts)
+
+        def cut_off(path: Path, text: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            append_text(path, text)
+
+        for module in (journal_module, trials_module):
+            monkeypatch.setattr(module, "append_text", cut_off)
+        begun = ["--resume", str(cut)] if cut.exists() else ["--config", str(small), "--out", str(cut)]
+        with pytest.raises(KeyboardInterrupt):
+            main(["schedule", *begun])
+        monkeypatch.undo()
+    assert main(["schedule", "--resume", str(cut)]) == 0
+    assert without_seconds(result(cut)) == without_seconds(result(whole))
+    for name, expected in np.load(whole / "schedules.npz").items():
+        np.testing.assert_array_equal(np.load(cut / "schedules.npz")[name], expected)
+    (cut / "report.html").unlink()
+    assert main(["report", str(cut)]) == 0
+    assert "best of the grid" in (cut / "report.html").read_text()
+    assert main(["schedule", "--resume", str(cut)]) == 2  # it is finished
+
+
 def test_a_training_written_down_is_not_done_again(tmp_path, monkeypatch):
     images = load_digits().take(np.arange(96))
     classifier = Classifier(Recipe(widths=(4, 4), batch=32, steps=4), 10, 1)
-    directory = RunDirectory(tmp_path / "run", RateSchedule())
+    directory = RunDirectory.begin(tmp_path / "run", RateSchedule(), "schedule")
     done: list[int] = []
 
     def counted(training: Any, zs: Any, **options: Any) -> Any:

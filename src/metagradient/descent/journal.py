@@ -170,7 +170,7 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of `records.jsonl` or `timings.jsonl`; none where it is absent. A last line that is torn is left out."""
+    """The lines of `records.jsonl` or `timings.jsonl`, but for a last one that is torn; none where it is absent."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from rich.console import Console
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
-from metagradient.descent.journal import RECORDS, TIMINGS, read_lines
-from metagradient.descent.loop import descend, fresh_seed
+from metagradient.descent.journal import read_lines
+from metagradient.descent.loop import descend
+from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.files import write_text
 from metagradient.metaparameters import PerStep, Shared
@@ -139,25 +139,28 @@ class _Search:
         return points
 
 
-def run(config: RateSchedule) -> dict[str, Any]:
+def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
     """Run the task, print what was learnt, and fill the run's directory.
+
+    Arguments:
+        resume: go on with the run that `config.out` holds.
 
     Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `mgd`): `accuracy_ARM`, `loss_ARM`
         (means over fresh seeds, on the test images), their standard errors `..._error`, and `training_runs_ARM`, the
         compute that finding it took. `accuracy_gain`, `loss_gain`: the descent's minus the grid's, with errors of
-        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds_grid`, `seconds_mgd`.
+        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds_grid`, `seconds_mgd`, `seconds`: wall time, of all
+        parts of a run that was resumed.
 
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
 
     Cost: `meta_steps` metagradients, a training for every schedule of the grid, `finalist_seeds` for every finalist and
         constant, and up to about 16 x `seeds` to measure; about two minutes for the digits on two cores.
     """
-    start = perf_counter()
     _check(config)
     splits = _split(config)
     classifier = Classifier(config.recipe, len(splits.train.classes), splits.train.images.shape[-1])
     splits = _Splits(*(classifier.fitted(s) for s in (splits.train, splits.target, splits.validation, splits.test)))
-    directory = RunDirectory(config.out or free_directory("schedule"), config)
+    directory = RunDirectory.begin(config.out or free_directory("schedule"), config, "schedule", resume=resume)
     with Progress(True) as progress:
         trials = Trials(
             classifier,
@@ -168,7 +171,7 @@ def run(config: RateSchedule) -> dict[str, Any]:
             progress=progress,
         )
         own = config.recipe.rates()
-        search, seconds = _descend(config, classifier, splits, directory.path, progress)
+        search = _descend(config, classifier, splits, directory, progress)
         combinations = config.grid.combinations(config.seed)
         searches = {"grid": _grid(config, trials, combinations), "mgd": search}
         picks = {name: _picked(config, trials, name, search) for name, search in searches.items()}
@@ -176,12 +179,13 @@ def run(config: RateSchedule) -> dict[str, Any]:
         arms = {"start": own, "flat": flat, **{n: searches[n].rates[p] for n, p in picks.items()}}
         fresh = _measured(config, trials, arms, searches)
     runs = _training_runs(config, searches)
+    seconds = sum(line["seconds"] for line in directory.timings)
     result = {
         **_figures({name: fresh[name] for name in ARMS}),
         **{f"training_runs_{name}": count for name, count in runs.items()},
         "seconds_grid": trials.seconds("grid"),
         "seconds_mgd": seconds,
-        "seconds": perf_counter() - start,
+        "seconds": seconds + trials.seconds(),
         "best_step": picks["mgd"],
         **dict(zip(("grid_peak", "grid_position", "grid_start", "grid_end"), combinations[picks["grid"]], strict=True)),
         "flat_rate": float(flat[0]),
@@ -196,8 +200,8 @@ def run(config: RateSchedule) -> dict[str, Any]:
     }
     np.savez(directory / "schedules.npz", **shown)
     directory.result(result)
-    write(page(directory.path), directory / "report.html")
-    printed(Console(), directory.path)
+    write(page(directory), directory / "report.html")
+    printed(Console(), directory)
     return result
 
 
@@ -276,9 +280,9 @@ def _rates(z: PyTree, steps: int) -> np.ndarray:
 
 
 def _descend(
-    config: RateSchedule, classifier: Classifier, splits: _Splits, directory: Path, progress: Progress
-) -> tuple[_Search, float]:
-    """The descent as a search, and its wall time in seconds. A meta-step measures the schedule that it starts from."""
+    config: RateSchedule, classifier: Classifier, splits: _Splits, directory: RunDirectory, progress: Progress
+) -> _Search:
+    """The descent as a search. A meta-step measures the schedule that it starts from."""
     rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
     update = optax.chain(
         updates.normalise(),
@@ -295,7 +299,7 @@ def _descend(
         held_out=classifier.mean_loss(splits.validation),
         patience=config.patience,
         seed=config.seed,
-        out=directory,
+        out=directory.path,
     )
     progress.expect("meta-steps", config.meta_steps - descent.step)
     tried: list[Any] = read_lines(directory / _TRIED)
@@ -305,12 +309,8 @@ def _descend(
         write_text(directory / _TRIED, "".join(json.dumps(rates) + "\n" for rates in tried))
         next(descent)
         progress.tick("meta-steps", 1)
-    took = read_lines(directory / TIMINGS)
-    return _Search(
-        np.array(tried, np.float32),
-        np.cumsum([line["training_runs"] for line in took]),
-        np.array([line["held_out"] for line in read_lines(directory / RECORDS)]),
-    ), sum(line["seconds"] for line in took)
+    costs = np.cumsum([line["training_runs"] for line in directory.timings])
+    return _Search(np.array(tried, np.float32), costs, np.array([line["held_out"] for line in directory.records]))
 
 
 def _grid(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> _Search:

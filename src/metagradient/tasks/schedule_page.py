@@ -1,18 +1,15 @@
 """What a learnt learning-rate schedule leaves for people: a table on the terminal, and a page."""
 
-import json
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
-from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.report.figures import Figure, against_compute, lines, schedules
 from metagradient.report.page import Page, Section, Table
-from metagradient.tasks.directory import versions
+from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.pages import closing
 
 ARMS = {
     "start": "the descent's start",
@@ -48,10 +45,10 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
-def figures(directory: Path) -> tuple[Figure, Figure, Figure]:
+def figures(directory: RunDirectory) -> tuple[Figure, Figure, Figure]:
     """Schedules, accuracy against compute, and losses per meta-step, of a finished run."""
     result, saved = _result(directory), np.load(directory / "schedules.npz")
-    records = read_lines(directory / RECORDS)
+    records = directory.records
     chosen = {name: saved[arm] for arm, name in _SHORT.items()}
     curves = {_SHORT[arm]: saved[f"curve_{arm}"] for arm in ("mgd", "grid")}
     levels = {_SHORT[arm]: result[f"accuracy_{arm}"] for arm in ("flat", "start")}
@@ -74,10 +71,10 @@ def figures(directory: Path) -> tuple[Figure, Figure, Figure]:
     )
 
 
-def page(directory: Path) -> Page:
+def page(directory: RunDirectory) -> Page:
     """The report of a finished run, made from the files in its directory."""
     result = _result(directory)
-    settings = tomllib.loads((directory / "config.toml").read_text())
+    settings = directory.config
     curves, compute, losses = figures(directory)
     learnt = f"{settings['knots']} points of it" if settings["knots"] else "a learning rate for every step"
     summary = (
@@ -113,12 +110,10 @@ def page(directory: Path) -> Page:
                 f"{result['grid_start']:g} and ends at {result['grid_end']:g} of its peak.",
                 figures=(losses,),
             ),
-            Section("Settings", table=Table(("setting", "value"), list(_flattened(settings).items()))),
-            Section(
-                "Cost and versions",
+            *closing(
+                directory,
                 f"Wall time: descent {result['seconds_mgd']:.0f} s, grid {result['seconds_grid']:.0f} s, all "
                 f"{result['seconds']:.0f} s.",
-                Table(("what", "version"), list(versions().items())),
             ),
         ],
         [
@@ -129,7 +124,7 @@ def page(directory: Path) -> Page:
     )
 
 
-def printed(console: Console, directory: Path) -> None:
+def printed(console: Console, directory: RunDirectory) -> None:
     """Print the table of arms, and the verdict."""
     result = _result(directory)
     table = Printed(*_HEADER, title="Mean ± standard error over fresh seeds")
@@ -140,12 +135,6 @@ def printed(console: Console, directory: Path) -> None:
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
 
 
-def _result(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "result.json").read_text())
-
-
-def _flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for name, value in settings.items():
-        found |= _flattened(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+def _result(directory: RunDirectory) -> dict[str, Any]:
+    assert directory.figures is not None
+    return directory.figures

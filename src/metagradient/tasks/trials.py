@@ -84,9 +84,9 @@ class Trials:
         rows = [self._rows[stage, seed, i] for i in range(len(rates))]
         return np.array([(row["loss"], row["accuracy"]) for row in rows])
 
-    def seconds(self, stage: str) -> float:
-        """Wall time of a stage, compilation and measuring included."""
-        return sum(row["seconds"] for row in self._rows.values() if row["stage"] == stage)
+    def seconds(self, stage: str | None = None) -> float:
+        """Wall time of a stage, or of all, compilation and measuring included."""
+        return sum(row["seconds"] for row in self._rows.values() if stage in (None, row["stage"]))
 
     def _remember(self, row: dict[str, Any]) -> None:
         self._rows[row["stage"], row["seed"], row["number"]] = row
