@@ -148,8 +148,8 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
     Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `mgd`): `accuracy_ARM`, `loss_ARM`
         (means over fresh seeds, on the test images), their standard errors `..._error`, and `training_runs_ARM`, the
         compute that finding it took. `accuracy_gain`, `loss_gain`: the descent's minus the grid's, with errors of
-        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds_grid`, `seconds_mgd`, `seconds`: wall time, of all
-        parts of a run that was resumed.
+        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds`, `seconds_grid`, `seconds_mgd`: wall
+        time, of all parts of a run that was resumed.
 
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
 
