@@ -18,11 +18,12 @@ ARMS = {
     "mgd": "metagradient descent",
 }
 _SHORT = {"mgd": "descent", "grid": "best of grid", "flat": "best constant", "start": "start"}
-_HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
+HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def rows(directory: RunDirectory) -> list[tuple[str, str, str, str]]:
     """A row an arm: name, accuracy and loss with standard errors, training runs that finding it took."""
+    result = _result(directory)
     return [
         (
             words,
@@ -34,8 +35,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """The descent against the grid, in a sentence."""
+def verdict(directory: RunDirectory) -> str:
+    """The descent against the grid, in two sentences."""
+    result = _result(directory)
     runs = {name: f"{result[f'training_runs_{name}']:.0f}" for name in ("mgd", "grid")}
     return (
         f"On the same fresh seeds, the descent's accuracy less the grid's is {100 * result['accuracy_gain']:+.2f} ± "
@@ -83,7 +85,7 @@ def page(directory: RunDirectory) -> Page:
         "through the whole training run, and move the schedule against that gradient. "
         f"Each of the {result['meta_steps']} meta-steps trains on fresh seeds.\n\n"
         f"It is held against the best of {result['grid_size']} one-cycle schedules (up to a peak, and down), each "
-        f"trained and compared on the same validation images. {verdict(result)}"
+        f"trained and compared on the same validation images. {verdict(directory)}"
     )
     return Page(
         "Learning a learning-rate schedule",
@@ -94,7 +96,7 @@ def page(directory: RunDirectory) -> Page:
                 f"Each row trains the same model with other learning rates; means ± standard errors over "
                 f"{result['seeds']} fresh seeds that no search saw, on test images that none saw. A metagradient "
                 "counts as about four training runs, a training of the grid as one; measuring models isn't counted.",
-                Table(_HEADER, rows(result), emphasis=3),
+                Table(HEADER, rows(directory), emphasis=3),
                 (curves,),
             ),
             Section(
@@ -126,12 +128,11 @@ def page(directory: RunDirectory) -> Page:
 
 def printed(console: Console, directory: RunDirectory) -> None:
     """Print the table of arms, and the verdict."""
-    result = _result(directory)
-    table = Printed(*_HEADER, title="Mean ± standard error over fresh seeds")
-    for row in rows(result):
+    table = Printed(*HEADER, title="Mean ± standard error over fresh seeds")
+    for row in rows(directory):
         table.add_row(*row)
     console.print(table)
-    console.print(verdict(result), highlight=False)
+    console.print(verdict(directory), highlight=False)
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
 
 
