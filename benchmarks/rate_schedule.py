@@ -71,7 +71,7 @@ def page(directory: RunDirectory) -> str:
 from a flat start, and holds them against the best of a grid of one-cycles. Data: CIFAR-10 (JPEG copy), averaged to
 16x16. Model: the smooth ResNet-9, widths {"-".join(str(w) for w in recipe["widths"])}, {recipe["steps"]} steps of batch
 {recipe["batch"]} on {config["examples"]:,} images. {config["knots"]} knots in the logarithm of the rate;
-{result["meta_steps"]} meta-steps, each from fresh seeds ({config["inner_seeds"]}), aimed at {config["target"]:,} images.
+{result["meta_steps"]} meta-steps, each from fresh seeds ({config["inner_seeds"]}), for {config["target"]:,} images.
 
 {table(HEADER, rows(directory))}
 
@@ -79,8 +79,8 @@ Means ± standard errors over {result["seeds"]} seeds that no search used, on {c
 saw. {verdict(directory)}
 
 Both searches pick on the same {config["validation"]:,} validation images, by loss: the {config["finalists"]} best of
-their single trainings are trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken (this is
-counted). The descent took meta-step {result["best_step"]}. The grid of {result["grid_size"]} schedules took a peak of
+their single trainings are trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken
+(which is counted). The descent took meta-step {result["best_step"]}. The grid of {result["grid_size"]} schedules took a peak of
 {result["grid_peak"]:g} at {result["grid_position"]:.0%} of the run, from {result["grid_start"]:g} of it at the start to
 {result["grid_end"]:g} at the end.
 
