@@ -80,7 +80,7 @@ saw. {verdict(directory)}
 
 Both searches pick on the same {config["validation"]:,} validation images, by loss: the {config["finalists"]} best of
 their single trainings are trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken
-(which is counted). The descent took meta-step {result["best_step"]}. The grid of {result["grid_size"]} schedules took a peak of
+(which is counted). The descent took meta-step {result["best_step"]}; the grid, of {result["grid_size"]}, a peak of
 {result["grid_peak"]:g} at {result["grid_position"]:.0%} of the run, from {result["grid_start"]:g} of it at the start to
 {result["grid_end"]:g} at the end.
 
