@@ -158,7 +158,8 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
     """
     _check(config)
     splits = _split(config)
-    classifier = Classifier(config.recipe, len(splits.train.classes), splits.train.images.shape[-1])
+    classes = max(len(images.classes) for images in (splits.train, splits.test))
+    classifier = Classifier(config.recipe, classes, splits.train.images.shape[-1])
     splits = _Splits(*(classifier.fitted(s) for s in (splits.train, splits.target, splits.validation, splits.test)))
     directory = RunDirectory.begin(config.out or free_directory("schedule"), config, "schedule", resume=resume)
     with Progress(True) as progress:
