@@ -8,7 +8,6 @@ goes on with it, and where it is finished, only the page is made. With --out, wr
 
 import argparse
 import datetime
-import json
 import platform
 from dataclasses import replace
 from importlib.metadata import version
@@ -97,16 +96,9 @@ trained from the fresh seeds. The grid is in random order.
 
 Compute is counted in training runs: a training of the grid is one; a meta-step is the steps it took forward, and three
 for every adjoint step (matrix products). Measuring on target and validation images isn't counted: it would add
-{descent:.0f} runs to the descent and {grid:.0f} to the grid. In seconds on this machine, compilation included:
-{result["seconds_mgd"]:.0f} for the descent's meta-steps, {result["seconds_grid"]:.0f} for the grid's trainings.
+{descent:.0f} runs to the descent and {grid:.0f} to the grid.
 
 ![Loss per meta-step on target and validation images](schedule-losses.svg)
-
-`result.json` of this run:
-
-```json
-{json.dumps(result, indent=2)}
-```
 
 Made by `python benchmarks/rate_schedule.py --data DIR --out docs` on {datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}:
 {platform.machine()}, jax {version("jax")}, metagradient {version("metagradient")}.
