@@ -19,7 +19,7 @@ import numpy as np
 from metagradient.cli import begun, parse
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.schedule import RateSchedule, run
-from metagradient.tasks.schedule_page import HEADER, figures, rows, verdict
+from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picks, rows, verdict
 
 
 def finished(path: Path, data: Path) -> RunDirectory:
@@ -38,16 +38,10 @@ def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
 
 def by_compute(directory: RunDirectory) -> str:
     saved = np.load(directory / "schedules.npz")
-    points = sorted(
-        (runs, name, value, error) for name in ("grid", "mgd") for runs, value, error in saved[f"curve_{name}"]
-    )
-    return table(
-        ("training runs spent", "search", "test accuracy"),
-        [
-            (f"{runs:.0f}", {"grid": "grid", "mgd": "descent"}[name], f"{value:.2%} ± {error:.2%}")
-            for runs, name, value, error in points
-        ],
-    )
+    curves = {ARMS[name]: saved[f"curve_{name}"] for name in (*GRIDS, "mgd")}
+    points = sorted((runs, name, value, error) for name, curve in curves.items() for runs, value, error in curve)
+    lines = [(f"{runs:.0f}", name, f"{value:.2%} ± {error:.2%}") for runs, name, value, error in points]
+    return table(("training runs spent", "search", "test accuracy"), lines)
 
 
 def measuring(config: dict[str, Any], result: dict[str, Any]) -> tuple[float, float]:
@@ -77,18 +71,17 @@ from a flat start, and holds them against the best of a grid of one-cycles. Data
 Means ± standard errors over {result["seeds"]} seeds that no search used, on {config["test"]:,} test images that none
 saw. {verdict(directory)}
 
-Both searches pick on the same {config["validation"]:,} validation images, by loss: the {config["finalists"]} best of
-their single trainings are trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken
-(which is counted). The descent took meta-step {result["best_step"]}; the grid, of {result["grid_size"]}, a peak of
-{result["grid_peak"]:g} at {result["grid_position"]:.0%} of the run, from {result["grid_start"]:g} of it at the start to
-{result["grid_end"]:g} at the end.
+Picks are made on the same {config["validation"]:,} validation images: of the descent's meta-steps by loss, of the
+grid's {result["grid_size"]} schedules by loss and by accuracy. The {config["finalists"]} best by a single training are
+trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken (which is counted). The descent
+took meta-step {result["best_step"]}. {picks(directory)}
 
 ![Learning rates: of every meta-step, of the descent's pick, the grid's, and the best constant](schedule-rates.svg)
 
 ## Accuracy against compute
 
 What each search would have picked, had it been stopped earlier: its best single training on validation until then,
-trained from the fresh seeds. The grid is in random order.
+again trained from the fresh seeds. The grid is in random order.
 
 {by_compute(directory)}
 

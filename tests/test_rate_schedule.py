@@ -57,7 +57,7 @@ starts = [0.1]
 ends = [0.1, 0.5]
 constants = [0.01, 0.1]
 """
-ARMS = ("start", "flat", "grid", "mgd")
+ARMS = ("start", "flat", "grid", "grid_accuracy", "mgd")
 
 
 @pytest.fixture
@@ -109,7 +109,8 @@ def test_the_command_learns_a_schedule_and_counts_what_everything_cost(small, tm
     found = result(out)
     assert found["loss_mgd"] < found["loss_start"] - 0.02  # from a flat start that is far too low
     for what in ("accuracy", "loss"):
-        assert found[f"{what}_gain"] == pytest.approx(found[f"{what}_mgd"] - found[f"{what}_grid"])
+        for grid in ("grid", "grid_accuracy"):
+            assert found[f"{what}_over_{grid}"] == pytest.approx(found[f"{what}_mgd"] - found[f"{what}_{grid}"])
     assert found["grid_size"] == 4
     assert found["training_runs_grid"] == 4 + 2 * 2
     assert found["training_runs_flat"] == 2 * 2
@@ -119,13 +120,14 @@ def test_the_command_learns_a_schedule_and_counts_what_everything_cost(small, tm
     seeds = {stage: {row["seed"] for row in rows if row["stage"] == stage} for stage in ("grid", "flat", "fresh")}
     assert seeds["flat"] == {row["seed"] for row in rows if row["stage"] == "finalists of mgd"}
     assert not seeds["fresh"] & (seeds["grid"] | seeds["flat"])
-    # The grid's pick is the finalist with the better mean on the finalists' seeds.
-    grid = {row["number"]: row["loss"] for row in rows if row["stage"] == "grid"}
-    again = [row for row in rows if row["stage"] == "finalists of grid"]
-    means = [np.mean([row["loss"] for row in again if row["number"] == number]) for number in (0, 1)]
-    pick = sorted(grid, key=lambda number: grid[number])[int(np.argmin(means))]
-    peak, position, first, last = Grid((0.01, 0.1), (0.3,), (0.1,), (0.1, 0.5)).combinations(0)[pick]
-    assert [found[f"grid_{name}"] for name in ("peak", "position", "start", "end")] == [peak, position, first, last]
+    # The grid's picks are the finalists with the better mean on the finalists' seeds.
+    for name, what, sign in ("grid", "loss", 1), ("grid_accuracy", "accuracy", -1):
+        grid = {row["number"]: sign * row[what] for row in rows if row["stage"] == "grid"}
+        again = [row for row in rows if row["stage"] == f"finalists of {name}"]
+        means = [sign * np.mean([row[what] for row in again if row["number"] == number]) for number in (0, 1)]
+        pick = sorted(grid, key=grid.__getitem__)[int(np.argmin(means))]
+        picked = [found[f"{name}_{part}"] for part in ("peak", "position", "start", "end")]
+        assert picked == list(Grid((0.01, 0.1), (0.3,), (0.1,), (0.1, 0.5)).combinations(0)[pick])
     saved = np.load(out / "schedules.npz")
     np.testing.assert_allclose(saved["learnt"][0], 0.003, rtol=1e-5)
     np.testing.assert_array_equal(saved["mgd"], saved["learnt"][found["best_step"]])

@@ -148,8 +148,8 @@ def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float
     """What was reached by how much compute, with errors, on a logarithmic axis of compute.
 
     Arguments:
-        curves: float[points, 3] by name, at most two: training runs, value, its standard error.
-        levels: values that took no search worth a curve, drawn as dashed lines; at most two.
+        curves: float[points, 3] by name, at most three: training runs, value, its standard error.
+        levels: values that took no search worth a curve, drawn as dashed lines; with the curves at most four.
         y: name of the value.
         caption: what the figure shows.
     """
@@ -157,7 +157,7 @@ def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float
     for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
         runs, values, errors = points.T
         axes.errorbar(runs, values, errors, color=colour, label=name, linewidth=2, marker="o", markersize=4, capsize=3)
-    for (name, value), colour in zip(levels.items(), _COLOURS[2:], strict=False):
+    for (name, value), colour in zip(levels.items(), _COLOURS[len(curves) :], strict=False):
         axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=name)
     axes.set(xlabel="compute spent on the search, in training runs", ylabel=y)
     axes.set_xscale("log", base=2)

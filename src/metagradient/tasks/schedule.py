@@ -23,12 +23,11 @@ from metagradient.progress import Progress
 from metagradient.report.page import write
 from metagradient.tasks.classifier import Classifier, Recipe, interpolated, one_cycle
 from metagradient.tasks.directory import RunDirectory, free_directory
-from metagradient.tasks.schedule_page import ARMS, page, printed
-from metagradient.tasks.trials import Trials
+from metagradient.tasks.schedule_page import ARMS, GRIDS, page, printed
+from metagradient.tasks.trials import Criterion, Search, Trials, badness
 from metagradient.trees import PyTree
 
 _TRIED = "schedules.jsonl"  # learning rates at every meta-step, one line each
-_POINTS = 6  # of the curve of accuracy against compute: at all of a search, at a half of it, at a quarter, ...
 
 
 @dataclass(frozen=True)
@@ -117,39 +116,17 @@ class _Splits:
     test: Images
 
 
-@dataclass(frozen=True)
-class _Search:
-    """A way to find a schedule: those it tried, in order, what each had cost by then, and how well it did."""
-
-    rates: np.ndarray  # float32[n, T]
-    costs: np.ndarray  # float[n], cumulative training runs
-    losses: np.ndarray  # float[n], on validation, one seed each
-
-    def finalists(self, count: int) -> np.ndarray:
-        """Numbers of the `count` best, best first."""
-        return np.argsort(np.nan_to_num(self.losses, nan=np.inf), kind="stable")[:count]
-
-    def by_compute(self) -> list[tuple[float, int]]:
-        """What it would have picked with less compute: (training runs, number of the schedule) at halvings of all."""
-        points = []
-        for runs in self.costs[-1] / 2.0 ** np.arange(_POINTS)[::-1]:
-            affordable = int(np.searchsorted(self.costs, runs, side="right"))
-            if affordable:
-                points.append((float(runs), int(np.nanargmin(self.losses[:affordable]))))
-        return points
-
-
 def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
     """Run the task, print what was learnt, and fill the run's directory.
 
     Arguments:
         resume: go on with the run that `config.out` holds.
 
-    Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `mgd`): `accuracy_ARM`, `loss_ARM`
-        (means over fresh seeds, on the test images), their standard errors `..._error`, and `training_runs_ARM`, the
-        compute that finding it took. `accuracy_gain`, `loss_gain`: the descent's minus the grid's, with errors of
-        paired seeds. `best_step`, `grid_peak`, ...: what was picked. `seconds`, `seconds_grid`, `seconds_mgd`: wall
-        time, of all parts of a run that was resumed.
+    Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `grid_accuracy`, `mgd`):
+        `accuracy_ARM`, `loss_ARM` (means over fresh seeds, on the test images), their standard errors `..._error`, and
+        `training_runs_ARM`, the compute that finding it took. `accuracy_over_grid`, `loss_over_grid`, ...: the
+        descent's minus the grid's, with errors of paired seeds. `best_step`, `grid_peak`, ...: what was picked.
+        `seconds`, `seconds_grid`, `seconds_mgd`: wall time, of all parts of a run that was resumed.
 
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
 
@@ -174,7 +151,7 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
         own = config.recipe.rates()
         search = _descend(config, classifier, splits, directory, progress)
         combinations = config.grid.combinations(config.seed)
-        searches = {"grid": _grid(config, trials, combinations), "mgd": search}
+        searches = {**_grids(config, trials, combinations), "mgd": search}
         picks = {name: _picked(config, trials, name, search) for name, search in searches.items()}
         flat = _flat(config, trials)
         arms = {"start": own, "flat": flat, **{n: searches[n].rates[p] for n, p in picks.items()}}
@@ -188,7 +165,11 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
         "seconds_mgd": seconds,
         "seconds": seconds + trials.seconds(),
         "best_step": picks["mgd"],
-        **dict(zip(("grid_peak", "grid_position", "grid_start", "grid_end"), combinations[picks["grid"]], strict=True)),
+        **{
+            f"{name}_{what}": value
+            for name in GRIDS
+            for what, value in zip(("peak", "position", "start", "end"), combinations[picks[name]], strict=True)
+        },
         "flat_rate": float(flat[0]),
         "grid_size": len(combinations),
         "meta_steps": len(search.rates),
@@ -282,7 +263,7 @@ def _rates(z: PyTree, steps: int) -> np.ndarray:
 
 def _descend(
     config: RateSchedule, classifier: Classifier, splits: _Splits, directory: RunDirectory, progress: Progress
-) -> _Search:
+) -> Search:
     """The descent as a search. A meta-step measures the schedule that it starts from."""
     rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
     update = optax.chain(
@@ -311,13 +292,16 @@ def _descend(
         next(descent)
         progress.tick("meta-steps", 1)
     costs = np.cumsum([line["training_runs"] for line in directory.timings])
-    return _Search(np.array(tried, np.float32), costs, np.array([line["held_out"] for line in directory.records]))
+    scores = [(line["held_out"], np.nan) for line in directory.records]
+    return Search(np.array(tried, np.float32), costs, np.array(scores), "loss")
 
 
-def _grid(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> _Search:
+def _grids(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> dict[str, Search]:
+    """The grid, picked from by loss, as the descent is, and by accuracy."""
     rates = np.stack([one_cycle(config.recipe.steps, *row) for row in combinations])
-    losses = trials.scores("grid", rates, _selection_seed(config, 0), "validation")[:, 0]
-    return _Search(rates, np.arange(1.0, len(rates) + 1), losses)
+    scores = trials.scores("grid", rates, _selection_seed(config, 0), "validation")
+    costs = np.arange(1.0, len(rates) + 1)
+    return {"grid": Search(rates, costs, scores, "loss"), "grid_accuracy": Search(rates, costs, scores, "accuracy")}
 
 
 def _selection_seed(config: RateSchedule, number: int) -> int:
@@ -325,26 +309,26 @@ def _selection_seed(config: RateSchedule, number: int) -> int:
     return fresh_seed(config.seed, config.seeds + number)
 
 
-def _mean_losses(config: RateSchedule, trials: Trials, stage: str, rates: np.ndarray) -> np.ndarray:
-    """Mean validation losses over the finalists' seeds, float[n]."""
+def _best(config: RateSchedule, trials: Trials, stage: str, rates: np.ndarray, by: Criterion) -> int:
+    """Number of the schedule with the best mean over the finalists' seeds."""
     seeds = [_selection_seed(config, 1 + i) for i in range(config.finalist_seeds)]
-    losses = [trials.scores(stage, rates, seed, "validation")[:, 0] for seed in seeds]
-    return np.nan_to_num(np.mean(losses, axis=0), nan=np.inf)
+    scores = np.mean([trials.scores(stage, rates, seed, "validation") for seed in seeds], axis=0)
+    return int(np.argmin(badness(scores, by)))
 
 
-def _picked(config: RateSchedule, trials: Trials, name: str, search: _Search) -> int:
+def _picked(config: RateSchedule, trials: Trials, name: str, search: Search) -> int:
     """Number of the best finalist of a search."""
     finalists = search.finalists(config.finalists)
-    return int(finalists[np.argmin(_mean_losses(config, trials, f"finalists of {name}", search.rates[finalists]))])
+    return int(finalists[_best(config, trials, f"finalists of {name}", search.rates[finalists], search.by)])
 
 
 def _flat(config: RateSchedule, trials: Trials) -> np.ndarray:
     """The best constant schedule, float32[T]."""
     rates = np.stack([np.full(config.recipe.steps, rate, np.float32) for rate in config.grid.constants])
-    return rates[np.argmin(_mean_losses(config, trials, "flat", rates))]
+    return rates[_best(config, trials, "flat", rates, "loss")]
 
 
-def _training_runs(config: RateSchedule, searches: dict[str, _Search]) -> dict[str, float]:
+def _training_runs(config: RateSchedule, searches: dict[str, Search]) -> dict[str, float]:
     """Compute that finding each arm's schedule took, in training runs."""
     extra = {name: min(config.finalists, len(s.rates)) * config.finalist_seeds for name, s in searches.items()}
     return {
@@ -355,7 +339,7 @@ def _training_runs(config: RateSchedule, searches: dict[str, _Search]) -> dict[s
 
 
 def _measured(
-    config: RateSchedule, trials: Trials, arms: dict[str, np.ndarray], searches: dict[str, _Search]
+    config: RateSchedule, trials: Trials, arms: dict[str, np.ndarray], searches: dict[str, Search]
 ) -> dict[str, np.ndarray]:
     """Loss and accuracy on the test images, float[seeds, 2], of arms and of what searches would have picked earlier.
 
@@ -384,13 +368,14 @@ def _figures(fresh: dict[str, np.ndarray]) -> dict[str, float]:
     found = {}
     for place, what in enumerate(("loss", "accuracy")):
         series = {f"{what}_{name}": scores[:, place] for name, scores in fresh.items()}
-        series[f"{what}_gain"] = fresh["mgd"][:, place] - fresh["grid"][:, place]
+        for name in GRIDS:
+            series[f"{what}_over_{name}"] = fresh["mgd"][:, place] - fresh[name][:, place]
         for name, values in series.items():
             found |= {name: float(values.mean()), f"{name}_error": _error(values)}
     return found
 
 
-def _curve(name: str, search: _Search, fresh: dict[str, np.ndarray]) -> np.ndarray:
+def _curve(name: str, search: Search, fresh: dict[str, np.ndarray]) -> np.ndarray:
     """Training runs, mean accuracy and its error, float[points, 3]."""
     values = [(runs, fresh[f"{name} {number}"][:, 1]) for runs, number in search.by_compute()]
     return np.array([(runs, v.mean(), _error(v)) for runs, v in values])

@@ -14,10 +14,12 @@ from metagradient.tasks.pages import closing
 ARMS = {
     "start": "the descent's start",
     "flat": "best constant rate",
-    "grid": "best of the grid",
+    "grid": "best of the grid, by loss",
+    "grid_accuracy": "best of the grid, by accuracy",
     "mgd": "metagradient descent",
 }
-_SHORT = {"mgd": "descent", "grid": "best of grid", "flat": "best constant", "start": "start"}
+GRIDS = ("grid", "grid_accuracy")
+_SHORT = {"mgd": "descent", "grid": "grid by loss", "grid_accuracy": "grid by accuracy", "flat": "best constant"}
 HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
 
 
@@ -39,11 +41,25 @@ def verdict(directory: RunDirectory) -> str:
     """The descent against the grid, in two sentences."""
     result = _result(directory)
     runs = {name: f"{result[f'training_runs_{name}']:.0f}" for name in ("mgd", "grid")}
+    against = [
+        f"{100 * result[f'accuracy_over_{name}']:+.2f} ± {100 * result[f'accuracy_over_{name}_error']:.2f} points of "
+        f"accuracy and {result[f'loss_over_{name}']:+.4f} ± {result[f'loss_over_{name}_error']:.4f} of loss against "
+        f"the {ARMS[name]}"
+        for name in GRIDS
+    ]
     return (
-        f"On the same fresh seeds, the descent's accuracy less the grid's is {100 * result['accuracy_gain']:+.2f} ± "
-        f"{100 * result['accuracy_gain_error']:.2f} points, its loss less the grid's {result['loss_gain']:+.4f} ± "
-        f"{result['loss_gain_error']:.4f}. It took {runs['mgd']} training runs' worth of compute, the grid "
-        f"{runs['grid']}."
+        f"On the same fresh seeds, the descent has {'; '.join(against)}. It took {runs['mgd']} training runs' worth of "
+        f"compute, the grid {runs['grid']}."
+    )
+
+
+def picks(directory: RunDirectory) -> str:
+    """What was picked of the grid, in a sentence each."""
+    result = _result(directory)
+    return " ".join(
+        f"The {ARMS[name]} peaks at {result[f'{name}_peak']:g} after {result[f'{name}_position']:.0%} of the run, "
+        f"starts at {result[f'{name}_start']:g} and ends at {result[f'{name}_end']:g} of its peak."
+        for name in GRIDS
     )
 
 
@@ -52,8 +68,8 @@ def figures(directory: RunDirectory) -> tuple[Figure, Figure, Figure]:
     result, saved = _result(directory), np.load(directory / "schedules.npz")
     records = directory.records
     chosen = {name: saved[arm] for arm, name in _SHORT.items()}
-    curves = {_SHORT[arm]: saved[f"curve_{arm}"] for arm in ("mgd", "grid")}
-    levels = {_SHORT[arm]: result[f"accuracy_{arm}"] for arm in ("flat", "start")}
+    curves = {_SHORT[arm]: saved[f"curve_{arm}"] for arm in ("mgd", *GRIDS)}
+    levels = {_SHORT["flat"]: result["accuracy_flat"]}
     return (
         schedules(saved["learnt"], chosen),
         against_compute(
@@ -96,7 +112,7 @@ def page(directory: RunDirectory) -> Page:
                 f"Each row trains the same model with other learning rates; means ± standard errors over "
                 f"{result['seeds']} fresh seeds that no search saw, on test images that none saw. A metagradient "
                 "counts as about four training runs, a training of the grid as one; measuring models isn't counted.",
-                Table(HEADER, rows(directory), emphasis=3),
+                Table(HEADER, rows(directory), emphasis=len(ARMS) - 1),
                 (curves,),
             ),
             Section(
@@ -107,9 +123,8 @@ def page(directory: RunDirectory) -> Page:
             Section(
                 "How it got there",
                 f"Meta-step {result['best_step']} was picked: of the {settings['finalists']} with the lowest "
-                f"validation loss, the best on {settings['finalist_seeds']} other seeds. The grid's pick, chosen "
-                f"likewise, peaks at {result['grid_peak']:g} after {result['grid_position']:.0%} of the run, starts at "
-                f"{result['grid_start']:g} and ends at {result['grid_end']:g} of its peak.",
+                f"validation loss, the best on {settings['finalist_seeds']} other seeds. The grid's picks were chosen "
+                f"likewise, by loss and by accuracy. {picks(directory)}",
                 figures=(losses,),
             ),
             *closing(
@@ -120,7 +135,7 @@ def page(directory: RunDirectory) -> Page:
         ],
         [
             (f"{result['accuracy_mgd']:.1%}", "test accuracy, learnt"),
-            (f"{result['accuracy_grid']:.1%}", f"best of {result['grid_size']} tried"),
+            (f"{result['accuracy_grid']:.1%}", f"best of {result['grid_size']} tried, by loss"),
             (f"{result['training_runs_mgd']:.0f}", f"training runs; the grid took {result['training_runs_grid']:.0f}"),
         ],
     )

@@ -1,9 +1,10 @@
-"""Trainings under given learning rates, each done once and written down."""
+"""Searches for a schedule: trainings under given learning rates, each done once and written down, and picks."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,37 @@ from metagradient.tasks.classifier import Classifier
 from metagradient.tasks.directory import RunDirectory
 from metagradient.training import Training
 from metagradient.trees import PyTree
+
+Criterion: TypeAlias = Literal["loss", "accuracy"]
+_POINTS = 6  # of the curve of accuracy against compute: at all of a search, at a half of it, at a quarter, ...
+
+
+@dataclass(frozen=True)
+class Search:
+    """A way to find a schedule: those it tried, in order, what each had cost by then, and how well it did."""
+
+    rates: np.ndarray  # float32[n, T]
+    costs: np.ndarray  # float[n], cumulative training runs
+    scores: np.ndarray  # float[n, 2], loss and accuracy on validation, one seed each
+    by: Criterion
+
+    def finalists(self, count: int) -> np.ndarray:
+        """Numbers of the `count` best, best first."""
+        return np.argsort(badness(self.scores, self.by), kind="stable")[:count]
+
+    def by_compute(self) -> list[tuple[float, int]]:
+        """What it would have picked with less compute: (training runs, number of the schedule) at halvings of all."""
+        points = []
+        for runs in self.costs[-1] / 2.0 ** np.arange(_POINTS)[::-1]:
+            affordable = int(np.searchsorted(self.costs, runs, side="right"))
+            if affordable:
+                points.append((float(runs), int(np.argmin(badness(self.scores[:affordable], self.by)))))
+        return points
+
+
+def badness(scores: np.ndarray, by: Criterion) -> np.ndarray:
+    """What picks, the lower the better, float[...]: of losses and accuracies, float[..., 2]."""
+    return np.nan_to_num(scores[..., 0], nan=np.inf) if by == "loss" else -scores[..., 1]
 
 
 class Trials:
