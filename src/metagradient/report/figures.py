@@ -168,6 +168,51 @@ def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str
     return _figure(canvas, caption, f"{caption} {y} by {x}: {ends}.")
 
 
+def schedules(learnt: np.ndarray, chosen: Mapping[str, np.ndarray]) -> Figure:
+    """Learning rates over a training run, on a logarithmic axis: of every meta-step, faint, and of those chosen.
+
+    Arguments:
+        learnt: float[m, T] above 0, the schedule at each meta-step, from the first.
+        chosen: float[T] above 0 by name, at most four.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for number, rates in enumerate(learnt):
+        axes.plot(rates, color=_COLOURS[0], linewidth=1, alpha=0.1 + 0.35 * number / max(1, len(learnt) - 1))
+    for (name, rates), colour in zip(chosen.items(), _COLOURS, strict=False):
+        axes.plot(rates, color=colour, label=name, linewidth=2.2)
+    axes.set(xlabel="training step", ylabel="learning rate", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name} starts at {r[0]:.2g}, peaks at {r.max():.2g}, ends at {r[-1]:.2g}"
+                     for name, r in chosen.items())  # fmt: skip
+    caption = "Learning rate at every step of a training run. Faint lines: the schedule at each meta-step."
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
+def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float], *, y: str, caption: str) -> Figure:
+    """What was reached by how much compute, with errors, on a logarithmic axis of compute.
+
+    Arguments:
+        curves: float[points, 3] by name, at most three: training runs, value, its standard error.
+        levels: values that took no search worth a curve, drawn as dashed lines; with the curves at most four.
+        y: name of the value.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        runs, values, errors = points.T
+        axes.errorbar(runs, values, errors, color=colour, label=name, linewidth=2, marker="o", markersize=4, capsize=3)
+    for (name, value), colour in zip(levels.items(), _COLOURS[len(curves) :], strict=False):
+        axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=name)
+    axes.set(xlabel="compute spent on the search, in training runs", ylabel=y)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name}: {points[-1, 1]:.3g} after {points[-1, 0]:.0f} runs" for name, points in curves.items())
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
 def _canvas(width: float, height: float) -> Canvas:
     return Canvas(figsize=(width, height), layout="constrained", facecolor="none")
 

@@ -48,9 +48,17 @@ def _smoothness() -> Task:
     return Task(task.SmoothnessProbe(), task.run, preset="tiny", page=task.page)
 
 
+def _schedule() -> Task:
+    from metagradient.tasks import schedule as task
+    from metagradient.tasks.schedule_page import page
+
+    return Task(task.RateSchedule(), task.run, preset="tiny", page=page)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "demo": _demo,
     "plan": _plan,
     "report": _report,
+    "schedule": _schedule,
     "smoothness": _smoothness,
 }
