@@ -4,7 +4,7 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import Field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,7 +86,12 @@ def _commands() -> dict[str, Command]:
 
         return Pricing(), run, None
 
-    return {"demo": demo, "plan": plan}
+    def poison() -> tuple[Any, Callable[[Any], Any], str | None]:
+        from metagradient.tasks.poisoning import Poison, run
+
+        return Poison(), run, "tiny"
+
+    return {"demo": demo, "plan": plan, "poison": poison}
 
 
 def _usage(commands: dict[str, Any]) -> str:
@@ -116,5 +121,13 @@ def _with_values(config: Any, values: dict[str, Any], source: str) -> Any:
     strange = sorted(set(values) - set(known))
     if strange:
         raise ConfigError(f"{source}: unknown setting {', '.join(strange)}; known are {', '.join(known)}")
-    paths = {k: Path(v) for k, v in values.items() if "Path" in str(known[k].type)}
-    return replace(config, **{**values, **paths})
+    return replace(config, **{k: _read(getattr(config, k), v, known[k], source) for k, v in values.items()})
+
+
+def _read(old: Any, value: Any, of: Field[Any], source: str) -> Any:
+    """A value of a TOML file as its setting takes it: tables are configurations, arrays tuples."""
+    if is_dataclass(old) and isinstance(value, dict):
+        return _with_values(old, value, f"{source}, {of.name}")
+    if "Path" in str(of.type):
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
