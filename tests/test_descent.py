@@ -1,24 +1,34 @@
-"""Metagradient descent: the loop, its seeds and its updates."""
+"""Metagradient descent: the loop, its seeds, its best and its patience."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import metagradient as mg
+from metagradient.descent.gradients import average
 from metagradient.descent.loop import fresh_seed, inner_seed
+from metagradient.errors import ConfigError, NonFiniteError, StructureError
+
+
+def decay(state: jax.Array, batch: dict, z: dict) -> jax.Array:
+    return state - z["rate"] * state
 
 
 def training(seed: int = 0) -> mg.Training:
     start = 1 + np.random.default_rng(seed).random(3, np.float32)
-    return mg.Training(jnp.asarray(start), lambda s, b, z: s - z["rate"] * s, [{}] * 4)
+    return mg.Training(jnp.asarray(start), decay, [{}] * 4)
 
 
 def objective(state: jax.Array, z: dict) -> jax.Array:
     return jnp.sum(state**2)
+
+
+RATE = {"rate": jnp.float32(0.1)}
 
 
 def test_descent_lowers_the_objective_and_reports_what_it_did():
@@ -39,7 +49,28 @@ def test_descent_lowers_the_objective_and_reports_what_it_did():
     assert records[0].training_runs >= 4
 
 
-def test_every_meta_step_draws_a_fresh_seed_and_the_descent_is_deterministic():
+def test_everything_is_measured_at_z_and_the_next_step_starts_from_next_z():
+    descent = mg.descend(training(), objective, RATE, mg.updates.sign(0.05), 3, held_out=objective)
+    records = list(descent)
+    assert records[0].z["rate"] == RATE["rate"]
+    for record, after in pairwise(records):
+        assert record.next_z is after.z
+        assert record.value == record.held_out == pytest.approx(float(objective(mg.train(training(), record.z), {})))
+    assert descent.z is records[-1].next_z
+    assert descent.step == 3
+    assert descent.over
+
+
+def test_it_is_lazy_and_goes_on_where_it_was_left():
+    descent = mg.descend(training(), objective, RATE, mg.updates.sign(0.05), 3)
+    assert descent.best is None
+    assert next(descent).step == 0
+    assert (descent.step, descent.over) == (1, False)
+    assert [r.step for r in descent] == [1, 2]
+    assert list(descent) == []
+
+
+def test_every_meta_step_draws_fresh_seeds_and_the_descent_is_deterministic():
     def run() -> tuple[list[int], list[float]]:
         seen = []
 
@@ -48,33 +79,145 @@ def test_every_meta_step_draws_a_fresh_seed_and_the_descent_is_deterministic():
             return training(seed)
 
         update = mg.updates.normalised(0.01, momentum=0.5)
-        found = [r.value for r in mg.descend(fresh, objective, {"rate": jnp.float32(0.1)}, update, 4, seed=3)]
+        found = [r.value for r in mg.descend(fresh, objective, RATE, update, 3, seed=3, seeds=2)]
         return seen, found
 
     first, again = run(), run()
     assert first == again
-    assert len(set(first[0])) == 4
+    assert len(set(first[0])) == 6
 
 
-def test_evaluation_seeds_are_never_drawn_inside():
-    assert not {inner_seed(0, i) for i in range(2000)} & {fresh_seed(0, i) for i in range(2000)}
+def test_several_seeds_are_scaled_and_averaged():
+    z = {"rate": mg.PerStep(jnp.asarray([0.1, 0.2, 0.3, 0.4]))}
+    (record,) = mg.descend(training, objective, z, optax.sgd(1.0), 1, seeds=3, held_out=lambda s, z: s.max())
+    units, values = [], []
+    for seed in record.seeds:
+        assert seed.seed is not None
+        value, grad = mg.value_and_metagrad(training(seed.seed), objective)(z)
+        g = np.asarray(grad["rate"].value)
+        units.append(g / np.sqrt(np.mean(g**2)))
+        values.append(float(value))
+        assert seed.value == pytest.approx(float(value))
+        assert seed.grad_norm == pytest.approx(float(np.linalg.norm(g)))
+    np.testing.assert_allclose(z["rate"].value - record.next_z["rate"].value, np.mean(units, axis=0), rtol=1e-5)
+    assert record.value == pytest.approx(np.mean(values))
+    assert record.held_out == pytest.approx(np.mean([s.held_out for s in record.seeds]))
+    assert record.training_runs >= 3 * 4
+    assert record.stats.adjoint_steps == 3 * 4
+
+
+def test_a_seed_without_a_metagradient_does_not_count():
+    grads: list[Any] = [{"a": jnp.asarray([3.0, -4.0]), "b": jnp.zeros(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(2)}]
+    mean = average(grads)
+    np.testing.assert_allclose(mean["a"], np.array([3, -4]) / np.sqrt(12.5), rtol=1e-6)
+    np.testing.assert_array_equal(mean["b"], 0)
+    # One of unit size, one a million times larger: they weigh the same.
+    np.testing.assert_allclose(average([jnp.asarray([1.0, 1.0]), jnp.asarray([-1e6, 1e6])]), [0, 1], atol=1e-6)
+
+
+def test_best_is_what_the_best_value_was_measured_at():
+    # The held-out value falls until the rate passes 0.3, then rises.
+    descent = mg.descend(
+        training(), objective, RATE, mg.updates.sign(0.1), 6, held_out=lambda s, z: (z["rate"] - 0.31) ** 2
+    )
+    records = list(descent)
+    assert descent.best
+    assert descent.best.step == 2
+    assert descent.best.score == records[2].held_out == min(r.held_out for r in records if r.held_out is not None)
+    assert float(descent.best.z["rate"]) == pytest.approx(0.3)
+
+
+def test_without_held_out_the_best_value_counts():
+    descent = mg.descend(training(), objective, RATE, mg.updates.ascent(mg.updates.sign(0.05)), 3)
+    records = list(descent)
+    assert descent.best
+    assert (descent.best.step, descent.best.score) == (0, records[0].value)
+
+
+def test_patience_stops_a_descent_that_finds_nothing_better():
+    def run(patience: int) -> list[int]:
+        descent = mg.descend(
+            training(),
+            objective,
+            RATE,
+            mg.updates.sign(0.1),
+            8,
+            held_out=lambda s, z: (z["rate"] - 0.31) ** 2,
+            patience=patience,
+        )
+        return [r.step for r in descent]
+
+    assert run(1) == [0, 1, 2, 3]
+    assert run(3) == [0, 1, 2, 3, 4, 5]
+
+
+def test_seeds_are_distinct_within_a_descent():
+    drawn = {inner_seed(7, step, number) for step, number in product(range(500), range(20))}
+    fresh = {fresh_seed(7, number) for number in range(10_000)}
+    assert len(drawn) == len(fresh) == 10_000
+    assert not drawn & fresh
+    assert all(0 <= seed < 2**32 for seed in drawn | fresh)
+    assert inner_seed(7, 2**21 - 1, 2**10 - 1) not in fresh
+    assert inner_seed(7, 3) != inner_seed(8, 3)
+    with pytest.raises(ConfigError):
+        inner_seed(7, 0, 2**10)
 
 
 def test_projection_keeps_the_metaparameters_in_their_box():
     update, project = mg.updates.normalised(5.0), mg.updates.box(0.0, 0.3)
-    records = list(mg.descend(training(), objective, {"rate": jnp.float32(0.1)}, update, 3, project=project))
-    assert float(records[-1].z["rate"]) == pytest.approx(0.3)
+    descent = mg.descend(training(), objective, RATE, update, 3, project=project)
+    assert all(float(r.next_z["rate"]) == pytest.approx(0.3) for r in descent)
 
 
-def test_normalised_update_is_its_formula():
-    update = mg.updates.normalised(0.5, momentum=0.8)
-    z: Any = {"a": jnp.zeros(4), "b": jnp.zeros(2)}
-    memory, m = update.init(z), np.zeros(4)
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        g = rng.standard_normal(4).astype(np.float32)
-        changes: Any
-        changes, memory = update.update({"a": jnp.asarray(g), "b": jnp.zeros(2)}, memory, z)
-        m = 0.8 * m + g / np.sqrt(np.mean(g**2))
-        np.testing.assert_allclose(changes["a"], -0.5 * m / np.sqrt(np.mean(m**2)), rtol=1e-5)
-        np.testing.assert_array_equal(changes["b"], 0)
+def test_a_plan_is_measured_once_in_a_descent(monkeypatch: pytest.MonkeyPatch):
+    import metagradient.metagrad as module
+
+    planned, plan_run = [], module.plan_run
+    monkeypatch.setattr(module, "plan_run", lambda *a: planned.append(a) or plan_run(*a))
+    list(mg.descend(training(), objective, RATE, mg.updates.sign(0.01), 3, memory=mg.Memory(device="1MB")))
+    assert len(planned) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training": 3}, "seed -> Training"),
+        ({"update": mg.updates.sign}, "optax transformation"),
+        ({"steps": -1}, "steps"),
+        ({"seeds": 0}, "seeds"),
+        ({"seeds": 2, "training": training()}, "the same every time"),
+        ({"seed": -1}, "seed must be"),
+        ({"patience": 0, "held_out": objective}, "patience"),
+        ({"patience": 2}, "held_out"),
+        ({"tensorboard": True}, "out="),
+        ({"vector": True}, "vector"),
+    ],
+)
+def test_arguments_at_odds_are_refused_before_compute(arguments: dict[str, Any], message: str):
+    def never(seed: int) -> mg.Training:
+        raise AssertionError
+
+    given = {"training": never, "objective": objective, "z": RATE, "update": mg.updates.sign(0.1), "steps": 2}
+    with pytest.raises(ConfigError, match=message):
+        mg.descend(**{**given, **arguments})
+
+
+def test_a_metaparameter_must_be_floating():
+    with pytest.raises(StructureError, match="rate"):
+        mg.descend(training(), objective, {"rate": jnp.arange(3)}, mg.updates.sign(0.1), 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"training": lambda seed: None}, StructureError, "NoneType"),
+        ({"project": lambda z: {"rate": jnp.zeros(2)}}, StructureError, "rate"),
+        ({"project": lambda z: {"rate": z["rate"] * jnp.nan}}, NonFiniteError, "rate"),
+        ({"held_out": lambda s, z: jnp.nan * s.sum()}, NonFiniteError, "held_out"),
+        ({"held_out": lambda s, z: s}, StructureError, "scalar"),
+    ],
+)
+def test_what_functions_return_is_checked(changed: dict[str, Any], error: type[Exception], message: str):
+    given = {"training": training(), "objective": objective, "z": RATE, "update": mg.updates.sign(0.1), "steps": 2}
+    with pytest.raises(error, match=message):
+        next(mg.descend(**{**given, **changed}))

@@ -1,7 +1,7 @@
 """Exact gradients through whole training runs, in bounded memory, on JAX."""
 
 from metagradient import errors, schedule, updates
-from metagradient.descent.loop import MetaStep, descend
+from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
 from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
 from metagradient.objectives import mean_over
@@ -14,7 +14,9 @@ from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
 
 __all__ = [
+    "Best",
     "CheckReport",
+    "Descent",
     "Evaluation",
     "Memory",
     "MetaStep",
@@ -30,6 +32,7 @@ __all__ = [
     "check",
     "descend",
     "errors",
+    "fresh_seed",
     "mean_over",
     "plan",
     "schedule",

@@ -1,43 +1,135 @@
 """`descend`: metagradient descent, one loop for every task."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
-from metagradient.metagrad import Stats, value_and_metagrad
+from metagradient.descent.board import Board
+from metagradient.descent.gradients import Gradients, Measured, SeedRecord
+from metagradient.descent.journal import Best, Journal, Position, checksum, described
+from metagradient.descent.seeds import MOST_NUMBERS, MOST_STEPS, fresh_seed, inner_seed
+from metagradient.errors import ConfigError, NonFiniteError, StructureError
+from metagradient.metagrad import Stats
 from metagradient.metaparameters import canonical
+from metagradient.step.segment import Segment
+from metagradient.step.trace import digest, trace
 from metagradient.training import Training
-from metagradient.trees import PyTree
+from metagradient.trees import PyTree, mismatch, paths, strong
 
-# In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
-_ADJOINT_IN_STEPS = 3
+__all__ = ["Best", "Descent", "MetaStep", "SeedRecord", "descend", "fresh_seed", "inner_seed"]
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """What one meta-step did.
+    """What one meta-step did. All of it was measured at `z`; `next_z` is for the next meta-step to measure.
 
     Arguments:
         step: its number, from 0.
-        value: the objective, at the z that the step started from.
-        held_out: another objective at the same final state, or None.
-        z: the metaparameters after the step.
-        grad_norm: Euclidean norm of the metagradient.
-        stats: what the metagradient took.
+        value: the objective, averaged over seeds.
+        held_out: another objective at the same final states, or None.
+        grad_norm: Euclidean norm of the metagradient, averaged over seeds.
+        seeds: the same of each of its trainings.
+        z: the metaparameters that the step started from.
+        next_z: those that its update led to.
+        stats: what its metagradients took, together.
         training_runs: compute spent, in plain training runs (an adjoint step counts as three steps).
     """
 
     step: int
     value: float
     held_out: float | None
-    z: PyTree
     grad_norm: float
+    seeds: tuple[SeedRecord, ...]
+    z: PyTree
+    next_z: PyTree
     stats: Stats
     training_runs: float
+
+    def found(self) -> dict[str, Any]:
+        """Its line in `records.jsonl`: the same whenever the same descent is run."""
+        figures = {name: getattr(self, name) for name in ("step", "value", "held_out", "grad_norm")}
+        return {**figures, "seeds": [asdict(seed) for seed in self.seeds]}
+
+    def took(self) -> dict[str, Any]:
+        """Its line in `timings.jsonl`: what depends on the machine, and on the schedule that fits its memory."""
+        names = ("seconds", "compile_seconds", "forward_steps", "adjoint_steps", "peak_bytes")
+        figures = {name: getattr(self.stats, name) for name in names}
+        return {"step": self.step, **figures, "training_runs": self.training_runs}
+
+
+class Descent(Iterator[MetaStep]):
+    """A metagradient descent under way; made by `descend`. Iterating over it takes its meta-steps, one at a time."""
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        move: "_Move",
+        start: Position,
+        steps: int,
+        patience: int | None,
+        journal: Journal | None,
+        board: Board | None,
+    ):
+        self._gradients = gradients
+        self._move = move
+        self._at = start
+        self._steps = steps
+        self._patience = patience
+        self._journal = journal
+        self._board = board
+
+    @property
+    def step(self) -> int:
+        """Meta-steps taken, those before a resume included."""
+        return self._at.step
+
+    @property
+    def z(self) -> PyTree:
+        """The metaparameters after the last update. No meta-step has measured them yet."""
+        return self._at.z
+
+    @property
+    def best(self) -> Best | None:
+        """The lowest held-out value so far (without `held_out`, the lowest value), and the z that it was measured at.
+
+        None before the first meta-step. What the last update led to was not measured, so it is no candidate.
+        """
+        return self._at.best
+
+    @property
+    def segment(self) -> Segment | None:
+        """How steps are compiled; None before the first meta-step, where that is left to be measured."""
+        return self._at.segment
+
+    @property
+    def over(self) -> bool:
+        """Whether all meta-steps are taken, or patience has run out."""
+        at = self._at
+        waited = at.step - 1 - at.best.step if at.best else 0
+        return at.step >= self._steps or (self._patience is not None and waited >= self._patience)
+
+    def __next__(self) -> MetaStep:
+        if self.over:
+            if self._board:
+                self._board.close()
+            raise StopIteration
+        at = self._at
+        found = self._gradients.at(at.step, at.z, at.segment)
+        z, memory = self._move(found.grad, at.memory, at.z)
+        record = _record(at, found, z)
+        after = Position(at.step + 1, z, memory, _better(at.best, record), found.stats.segment)
+        if self._board:
+            shown = {"value": record.value, "held_out": record.held_out, "grad_norm": record.grad_norm}
+            self._board.add(record.step, shown)
+        if self._journal:
+            self._journal.commit(after, record.found(), record.took())
+        self._at = after
+        return record
 
 
 def descend(
@@ -47,68 +139,147 @@ def descend(
     update: optax.GradientTransformation,
     steps: int,
     *,
+    seeds: int = 1,
     project: Callable[[PyTree], PyTree] | None = None,
     held_out: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    patience: int | None = None,
     seed: int = 0,
+    out: str | Path | None = None,
+    tensorboard: bool = False,
     **options: Any,
-) -> Iterator[MetaStep]:
-    """Metagradient descent: train, differentiate through the training, update the metaparameters, repeat.
+) -> Descent:
+    r"""Metagradient descent: train, differentiate through the training, update the metaparameters, repeat.
+
+    $$z \leftarrow \mathrm{project}(z + \mathrm{update}(\nabla f(z)))$$
 
     Arguments:
-        training: the run, or `seed -> Training`; then every meta-step draws a fresh seed, and what is learnt must hold
+        training: the run, or `seed -> Training`; then every meta-step draws fresh seeds, and what is learnt must hold
             for all of them (a fixed seed gets exploited). Build loss and optimiser outside that function, so that
             every meta-step runs the same compiled programs.
         objective: `(final state, z) -> scalar` to minimise.
         z: metaparameters to start from.
         update: an optax transformation of metagradients; see `metagradient.updates`.
         steps: number of meta-steps.
+        seeds: trainings a meta-step, each with a seed of its own. With several, each one's metagradient is scaled to
+            unit root mean square, leaf by leaf, and then they are averaged, so that no seed drowns the others (a leaf
+            that is zero for a seed doesn't count). Values are averaged as they are.
         project: applied to z after every update.
-        held_out: a second objective, only reported: metagradient descent overfits small targets.
-        seed: seed of the inner seeds.
-        options: as in `value_and_metagrad`.
+        held_out: a second objective that steers nothing, and picks the best z, lower being better: metagradient
+            descent overfits small targets.
+        patience: stop after so many meta-steps without a new best held-out value; None takes all steps.
+        seed: seed of the inner seeds, from 0.
+        out: directory of a journal; `metagradient.descent.journal` tells its files. Called again with the same one,
+            `descend` goes on after the last meta-step that was done, wherever it was killed, and ends in the same bits.
+            `steps` and `patience` may differ from those that it was begun with; training, objectives and data are
+            taken to be the same, and are not compared.
+        tensorboard: write event files to `out/tensorboard`; needs `pip install 'metagradient[tensorboard]'`.
+        options: as in `value_and_metagrad`, but for `vector`.
 
-    Returns: an iterator over `MetaStep`; take as many as wanted.
+    Returns: an iterator over the meta-steps that are left to take; take as many as wanted. A meta-step measures the z
+        that it starts from (`record.z`) and ends in an update (`record.next_z`). So what the last update led to, the
+        descent's own `z`, is not measured: ask for a step more, or measure it on a `fresh_seed`. `best` holds the best
+        z that was measured, and its step.
 
-    Errors: those of `value_and_metagrad`.
+    Errors, before compute: `StructureError` for a z that can't be differentiated in; `ConfigError` for arguments out of
+        range or at odds with each other, and for a journal of another descent, saying what differs; `StoreError` for a
+        journal that is damaged. Later: those of `value_and_metagrad`; `StructureError` and `NonFiniteError` for what
+        `update`, `project` or `held_out` return.
 
-    Cost: a metagradient a meta-step.
+    Cost: `seeds` metagradients a meta-step. With `out`, z twice and the update's memory are written in each.
 
     Source: arXiv 2503.13751, section 3.
 
     >>> import jax.numpy as jnp, metagradient as mg
     >>> training = mg.Training(jnp.ones(()), lambda s, b, z: s - z["rate"] * 2 * s, [{}] * 4)
     >>> update = mg.updates.normalised(0.05)
-    >>> records = list(mg.descend(training, lambda s, z: s**2, {"rate": jnp.asarray(0.1)}, update, steps=4))
-    >>> records[-1].value < records[0].value
-    True
+    >>> descent = mg.descend(training, lambda s, z: s**2, {"rate": jnp.asarray(0.1)}, update, steps=4)
+    >>> records = list(descent)
+    >>> records[-1].value < records[0].value, descent.best.step
+    (True, 3)
     """
     z = canonical(z)
-    memory = update.init(z)
-    segment = options.pop("segment", None)
-    for step in range(steps):
-        run = training if isinstance(training, Training) else training(inner_seed(seed, step))
-        found = value_and_metagrad(run, objective, segment=segment, **options).evaluate(z)
-        segment = found.stats.segment
-        other = float(held_out(found.state, z)) if held_out else None
-        changes, memory = update.update(found.grad, memory, z)
+    segment, fresh = options.pop("segment", None), not isinstance(training, Training)
+    wrong = {
+        "training must be a Training, or a function seed -> Training": fresh and not callable(training),
+        "update must be an optax transformation: call what makes one, mg.updates.sign(0.1)": not isinstance(
+            update, optax.GradientTransformation
+        ),
+        f"steps must be in [0, {MOST_STEPS}], got {steps}": not 0 <= steps <= MOST_STEPS,
+        f"seeds must be in [1, {MOST_NUMBERS}], got {seeds}": not 1 <= seeds <= MOST_NUMBERS,
+        f"seeds={seeds} takes a function seed -> Training: a Training is the same every time": seeds > 1 and not fresh,
+        f"seed must be at least 0, got {seed}": seed < 0,
+        f"patience must be at least 1, got {patience}": patience is not None and patience < 1,
+        "patience waits for a better held-out value: give held_out too": patience is not None and held_out is None,
+        "tensorboard=True needs out=, the directory that its files go to": tensorboard and out is None,
+        "vector=True has no single metagradient to follow": options.get("vector", False),
+    }
+    for message, found in wrong.items():
+        if found:
+            raise ConfigError(message)
+    move = _Move(update, project)
+    start = Position(0, z, strong(update.init(z)), None, segment if isinstance(segment, Segment) else None)
+    journal = None
+    if out is not None:
+        identity = {
+            "z": described(z),
+            "checksum of the first z": checksum(z),
+            "memory of the update": described(start.memory),
+            "digest of update and projection": move.digest(start),
+            "training": "drawn by seed" if fresh else "fixed",
+            "seed": seed,
+            "seeds": seeds,
+            "held_out": "given" if held_out else "absent",
+            "window": options.get("window"),
+            "segment": str(segment),
+        }
+        journal = Journal(Path(out), identity, start)
+        start = journal.position
+    board = Board(Path(out) / "tensorboard", start.step) if out is not None and tensorboard else None
+    gradients = Gradients(training, objective, held_out, seed, seeds, segment, options)
+    return Descent(gradients, move, start, steps, patience, journal, board)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """From a metagradient to the next z."""
+
+    update: optax.GradientTransformation
+    project: Callable[[PyTree], PyTree] | None
+
+    def __call__(self, grad: PyTree, memory: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        """The next z, and the update's next memory."""
+        new, left = self._moved(grad, memory, z)
+        for what, old, now in (("z of another kind", z, new), ("memory of another kind", memory, left)):
+            problem = mismatch(old, now)
+            if problem:
+                raise StructureError(f"the update or projection made a {what}: {problem}")
+        bad = [path for path, leaf in paths(new) if not bool(jnp.isfinite(leaf).all())]
+        if bad:
+            raise NonFiniteError(f"the update or projection made z{bad[0]} non-finite, from a finite metagradient")
+        return new, left
+
+    def digest(self, start: Position) -> str | None:
+        """Digest of the program, settings included; None for one that can't be traced."""
+        try:
+            return digest(trace(self._moved, start.z, start.memory, start.z)[0], lasting=True)
+        except jax.errors.JAXTypeError:
+            return None
+
+    def _moved(self, grad: PyTree, memory: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        changes, memory = self.update.update(grad, memory, z)
         z = optax.apply_updates(z, changes)
-        z = project(z) if project else z
-        yield MetaStep(
-            step,
-            float(found.value),
-            other,
-            z,
-            float(optax.tree.norm(found.grad)),
-            found.stats,
-            (found.stats.forward_steps + _ADJOINT_IN_STEPS * found.stats.adjoint_steps) / len(run.batches),
-        )
+        return strong(self.project(z) if self.project else z), strong(memory)
 
 
-def inner_seed(seed: int, step: int) -> int:
-    """Seed of the training in a meta-step: distinct for all (seed, step), and from `fresh_seed`."""
-    return int(np.random.SeedSequence((seed, 0, step)).generate_state(1)[0])
+def _record(at: Position, found: Measured, next_z: PyTree) -> MetaStep:
+    value, grad_norm = found.mean("value"), found.mean("grad_norm")
+    assert value is not None
+    assert grad_norm is not None
+    return MetaStep(
+        at.step, value, found.mean("held_out"), grad_norm, found.seeds, at.z, next_z, found.stats, found.training_runs
+    )
 
 
-def fresh_seed(seed: int, number: int) -> int:
-    """Seed for evaluation that no meta-step of the same descent has drawn."""
-    return int(np.random.SeedSequence((seed, 1, number)).generate_state(1)[0])
+def _better(best: Best | None, record: MetaStep) -> Best:
+    score = record.value if record.held_out is None else record.held_out
+    return best if best and best.score <= score else Best(record.step, score, record.z)

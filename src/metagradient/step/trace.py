@@ -51,10 +51,13 @@ def has_loops(closed: core.ClosedJaxpr) -> bool:
     return any(e.primitive.name in ("scan", "while", "checkpoint", "remat2") for e in equations(closed.jaxpr))
 
 
-def digest(closed: core.ClosedJaxpr) -> str:
+def digest(closed: core.ClosedJaxpr, *, lasting: bool = False) -> str:
     """Digest of a program: equal for equal programs with equal constants.
 
-    Cost: about 10 µs an equation, and the bytes of the constants that live in numpy.
+    Arguments:
+        lasting: equal in another process too, where every constant goes by its content.
+
+    Cost: about 10 µs an equation, and the bytes of the constants that live in numpy, or of all.
     """
     sink = hashlib.blake2b(digest_size=16)
 
@@ -73,7 +76,8 @@ def digest(closed: core.ClosedJaxpr) -> str:
             sink.update(np.ascontiguousarray(value).tobytes())
         elif isinstance(value, jax.Array):
             # Immutable: small ones by content, for a constant that Python makes anew; large ones by identity.
-            feed(np.asarray(value) if value.size <= 4096 and not _is_key(value) else id(value))
+            value = jax.random.key_data(value) if lasting and _is_key(value) else value
+            feed(np.asarray(value) if lasting or (value.size <= 4096 and not _is_key(value)) else id(value))
         elif not callable(value):
             sink.update(_ADDRESS.sub("", repr(value)).encode())
 
