@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
-from metagradient.descent.loop import MetaStep, descend, fresh_seed
+from metagradient.descent.journal import TIMINGS, read_lines
+from metagradient.descent.loop import descend, fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.metaparameters import PerExample
 from metagradient.run import train
@@ -26,7 +27,7 @@ from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
 from metagradient.tasks.poisoning_report import ARMS, PLACES, write_report
-from metagradient.training import TrainState
+from metagradient.training import Training, TrainState
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def run(config: Poison) -> dict[str, float]:
     start = perf_counter()
     task = _task(config)
     directory = RunDirectory(config.out or free_directory("poison"), config)
-    records, poisoned = _attack(task, directory)
+    poisoned = _attack(task, directory)
     cancelled, share, left = _canceled(task)
     chosen = task.chosen
     arms = {
@@ -160,7 +161,7 @@ def run(config: Poison) -> dict[str, float]:
         "poisoned": len(task.rows),
         "corruption": share,
         "gradient_left": float(left[-1]),
-        "training_runs": sum(r.training_runs for r in records),
+        "training_runs": sum(line["training_runs"] for line in read_lines(directory / TIMINGS)),
         "cancel_training_runs": _cancel_training_runs(config, len(task.rows)),
         "seconds": perf_counter() - start,
     }
@@ -225,51 +226,41 @@ def project(pixels: PerExample, images: np.ndarray, inside: np.ndarray) -> PerEx
 
 
 def ascent(rate: optax.Schedule, momentum: float) -> optax.GradientTransformation:
-    """Steps up the sign of a metagradient: every pixel moves by `rate`, in units of pixel values."""
-    return optax.chain(updates.normalise(), optax.trace(momentum), optax.scale_by_sign(), optax.scale_by_schedule(rate))
+    """Steps up the sign of metagradients with momentum: every pixel moves by `rate`, in units of pixel values."""
+    return updates.ascent(optax.chain(updates.normalise(), optax.trace(momentum), updates.sign(rate)))
 
 
-def _attack(task: _Task, directory: RunDirectory) -> tuple[list[MetaStep], np.ndarray]:
-    """Meta-steps, and the poisoned images, float32[m, ...]."""
+def _attack(task: _Task, directory: RunDirectory) -> np.ndarray:
+    """The poisoned images, float32[m, ...].
+
+    At a fixed seed those of the highest held-out loss, which is then of one and the same run; where seeds vary, those
+    of the last meta-step.
+    """
     c, images = task.config, task.chosen.images
+    held_out = task.classifier.mean_loss(task.held_out)
 
-    def training(seed: int):
+    def training(seed: int) -> Training:
         return task.classifier.training(task.pool.images, task.pool.labels, seed)
 
-    steps = descend(
+    descent = descend(
         training if c.seeds else training(c.seed),
         task.classifier.mean_loss(task.target),
         {"pixels": PerExample(jnp.zeros_like(images), rows=task.rows)},
         ascent(optax.linear_schedule(c.rate, c.final_rate, max(1, c.meta_steps - 1)), c.momentum),
         c.meta_steps,
+        seeds=max(1, c.seeds),
         project=lambda z: {"pixels": project(z["pixels"], images, task.inside)},
-        held_out=task.classifier.mean_loss(task.held_out),
+        held_out=lambda state, z: -held_out(state, z),
         seed=c.seed,
+        out=directory.path,
     )
-    records = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        bar = progress.add_task("meta-steps", total=c.meta_steps)
-        for record in steps:
-            records.append(record)
-            directory.record(
-                step=record.step, value=record.value, held_out=record.held_out, grad_norm=record.grad_norm,
-                training_runs=record.training_runs, seconds=record.stats.seconds,
-            )  # fmt: skip
+        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
+        for record in descent:
             progress.update(bar, advance=1, description=f"meta-steps (loss on the target {record.value:.3f})")
-    return records, np.clip(images + np.asarray(_chosen_step(c, records).z["pixels"].value), 0, task.inside)
-
-
-def _chosen_step(config: Poison, records: list[MetaStep]) -> MetaStep:
-    """The meta-step whose poison counts.
-
-    At a fixed seed the one with the highest held-out loss, which the next meta-step measured. Where seeds vary, losses
-    of different steps are of different seeds, and the last counts.
-    """
-    if config.seeds or len(records) == 1:
-        return records[-1]
-    losses = [-np.inf if record.held_out is None else record.held_out for record in records[1:]]
-    return records[int(np.argmax(losses))]
+    z = descent.z if c.seeds or descent.best is None else descent.best.z
+    return np.clip(images + np.asarray(z["pixels"].value), 0, task.inside)
 
 
 def _canceled(task: _Task) -> tuple[np.ndarray, float, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.report.figures import before_and_after, lines
 from metagradient.report.page import Page, Section, Table, write
 from metagradient.tasks.directory import versions
@@ -35,9 +36,14 @@ def write_report(directory: Path) -> None:
     """Write `report.html` from the other files of a run's directory."""
     config = tomllib.loads((directory / "config.toml").read_text())
     result = json.loads((directory / "result.json").read_text())
-    records = [json.loads(line) for line in (directory / "records.jsonl").read_text().splitlines()]
+    records = read_lines(directory / RECORDS)
     with np.load(directory / "poisons.npz") as saved:
         write(_page(config, result, records, dict(saved)), directory / "report.html")
+
+
+def curves(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Losses on attacked and on held-out images, a meta-step each. The descent takes low for good, and noted minus."""
+    return [r["value"] for r in records], [-r["held_out"] for r in records]
 
 
 def drops(result: Mapping[str, float]) -> Table:
@@ -79,7 +85,8 @@ def _page(config: dict[str, Any], result: dict[str, float], records: list[dict],
         f"{result['drop_metagradient_fresh']:.1f} points, and with a standard recipe by "
         f"{result['drop_metagradient_standard']:.1f}."
     )
-    ascent = {"attacked images": [r["value"] for r in records], "held out": [r["held_out"] for r in records]}
+    attacked, held_out = curves(records)
+    ascent = {"attacked images": attacked, "held out": held_out}
     every = max(1, len(saved["gradient_left"]) // _POINTS)
     return Page(
         "How much harm can poisoned images do?",
