@@ -235,7 +235,7 @@ def test_only_the_chosen_images_change_and_no_label_but_in_the_flips():
     np.testing.assert_array_equal(np.flatnonzero(flipped.labels != task.pool.labels), task.rows)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "paper"])
+@pytest.mark.parametrize("preset", ["tiny", "cifar10", "cifar10-transfer", "paper"])
 def test_presets_are_read(preset):
     config = parse("poison", Poison(), ["--preset", preset])
     assert config.shrink == (1 if preset == "paper" else 2)

@@ -63,6 +63,8 @@ class Poison:
     """peak learning rate of the standard recipe (ReLU, norm after it, max pooling), to which the poison is carried"""
     seeds: int = 0
     """inner seeds a meta-step, fresh each time; 0 attacks one run, at one fixed seed"""
+    window: int | None = None
+    """differentiate the last steps of a training only; none takes all of them"""
     meta_steps: int = 10
     """meta-steps"""
     rate: float = 0.12
@@ -253,6 +255,7 @@ def _attack(task: _Task, directory: RunDirectory) -> np.ndarray:
         held_out=lambda state, z: -held_out(state, z),
         seed=c.seed,
         out=directory.path,
+        window=c.window,
     )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
