@@ -38,12 +38,14 @@ def main(meta_steps: int = 20) -> list[float]:
     def objective(state: mg.TrainState, z: dict) -> jax.Array:
         return cross_entropy(state.params, validation)
 
+    descent = mg.descend(training, objective, z, mg.updates.normalised(0.2, momentum=0.5), meta_steps)
     losses = []
-    for record in mg.descend(training, objective, z, mg.updates.normalised(0.2, momentum=0.5), meta_steps):
+    for record in descent:
         losses.append(record.value)
         print(f"meta-step {record.step:2d}   validation loss {record.value:.4f}")
-        z = record.z
-    print("learnt rates:", np.round(np.exp(z["log_rate"].value[::6]), 3))
+    assert descent.best
+    rates = np.exp(descent.best.z["log_rate"].value)
+    print(f"best rates, of meta-step {descent.best.step}:", np.round(rates[::6], 3))
     return losses
 
 

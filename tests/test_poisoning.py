@@ -20,7 +20,7 @@ from metagradient.data.images import Images, load_digits
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient, value_and_pixel_gradient
 from metagradient.tasks.poisoning import Poison, Trained, ascent, figures, project
-from metagradient.tasks.poisoning_report import ARMS, PLACES, write_report
+from metagradient.tasks.poisoning_report import ARMS, PLACES
 
 ROWS = np.array([3, 17, 30])
 # Padding of gradients: a digit's border is zero, and its pixels don't matter much.
@@ -202,9 +202,17 @@ def test_the_command_poisons_digits_and_fills_its_directory(tmp_path: Path, caps
     assert "gradient canceling" in page
     assert "<script" not in page
     assert str(out) in capsys.readouterr().out.replace("\n", "")
-    write_report(out)
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
     assert (out / "report.html").read_text() == page
     assert parse("poison", Poison(), ["--config", str(out / "config.toml")]).recipe.widths == (4, 6)
+
+    # Killed after its ascent: gone on with, it comes to the same.
+    (out / "result.json").unlink()
+    assert main(["poison", "--resume", str(out)]) == 0
+    assert {k: v for k, v in result(out).items() if k != "seconds"} == {
+        k: v for k, v in found.items() if k != "seconds"
+    }
 
 
 def test_the_command_reads_grey_images_of_another_size_and_leaves_their_border_alone(tmp_path: Path):

@@ -3,17 +3,19 @@
 import argparse
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
 
 from metagradient.errors import ConfigError, MetagradientError
+from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.registry import TASKS
 
 _CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
 
@@ -21,20 +23,43 @@ _CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2 for input that can't be used)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = _commands()
-    if not arguments or arguments[0] not in commands:
-        print(_usage(commands), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
+    if not arguments or arguments[0] not in TASKS:
+        print(_usage(), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
     name, *rest = arguments
-    config, run, preset = commands[name]()
+    task = TASKS[name]()
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     try:
-        run(parse(name, config, rest, with_data=preset))
+        if resumed := begun(name, task.config, rest):
+            task.run(resumed, resume=True)
+        else:
+            task.run(parse(name, task.config, rest, with_data=task.preset))
     except MetagradientError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         return 2
     return 0
+
+
+def begun(command: str, config: Any, arguments: Sequence[str]) -> Any | None:
+    """The configuration of the run that --resume names; None where it isn't given.
+
+    Arguments:
+        command: its name.
+        config: its configuration's defaults, a dataclass.
+        arguments: what follows the command.
+
+    Errors: `ConfigError` for a directory without a run that can be gone on with, and for other settings beside it.
+    """
+    first = argparse.ArgumentParser(prog=f"metagradient {command}", add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", type=Path, metavar="DIR")
+    given, rest = first.parse_known_args(arguments)
+    if given.resume is None:
+        return None
+    if rest:
+        raise ConfigError(f"--resume goes on with the settings that a run was begun with: leave out {' '.join(rest)}")
+    directory = RunDirectory.unfinished(given.resume, command)
+    return replace(_with_values(config, directory.config, str(given.resume / "config.toml")), out=given.resume)
 
 
 def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str | None = None) -> Any:
@@ -59,7 +84,10 @@ def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str
     if given.config:
         if not given.config.is_file():
             raise ConfigError(f"--config {given.config}: no such file")
-        config = _with_values(config, tomllib.loads(given.config.read_text()), str(given.config))
+        values = tomllib.loads(given.config.read_text())
+        if values.pop("command", command) != command:
+            raise ConfigError(f"--config {given.config}: not of metagradient {command}")
+        config = _with_values(config, values, str(given.config))
     return tyro.cli(
         type(config),
         args=rest,
@@ -69,40 +97,18 @@ def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str
     )
 
 
-Command: TypeAlias = Callable[[], tuple[Any, Callable[[Any], Any], str | None]]
-"""Gives the defaults of a configuration, what runs it, and the preset to start from where --data is given."""
-
-
-def _commands() -> dict[str, Command]:
-    """Commands by name; each imports what it needs when it is called."""
-
-    def demo() -> tuple[Any, Callable[[Any], Any], str | None]:
-        from metagradient.tasks.label_noise import LabelNoise, run
-
-        return LabelNoise(), run, "cifar10"
-
-    def plan() -> tuple[Any, Callable[[Any], Any], str | None]:
-        from metagradient.tasks.pricing import Pricing, run
-
-        return Pricing(), run, None
-
-    def poison() -> tuple[Any, Callable[[Any], Any], str | None]:
-        from metagradient.tasks.poisoning import Poison, run
-
-        return Poison(), run, "tiny"
-
-    return {"demo": demo, "plan": plan, "poison": poison}
-
-
-def _usage(commands: dict[str, Any]) -> str:
+def _usage() -> str:
     return (
-        "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n\n"
-        f"commands: {', '.join(commands)}; metagradient COMMAND --help lists a command's settings"
+        "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n"
+        "       metagradient COMMAND --resume DIR\n"
+        "       metagradient report DIR...\n\n"
+        f"commands: {', '.join(TASKS)}; metagradient COMMAND --help lists a command's settings"
     )
 
 
 def _also(command: str) -> str:
-    return f"Also: --preset NAME ({', '.join(_presets(command)) or 'none yet'}), --config FILE.toml"
+    presets = ", ".join(_presets(command)) or "none"
+    return f"Also: --preset NAME ({presets}), --config FILE.toml, --resume DIR"
 
 
 def _presets(command: str) -> list[str]:
@@ -121,13 +127,13 @@ def _with_values(config: Any, values: dict[str, Any], source: str) -> Any:
     strange = sorted(set(values) - set(known))
     if strange:
         raise ConfigError(f"{source}: unknown setting {', '.join(strange)}; known are {', '.join(known)}")
-    return replace(config, **{k: _read(getattr(config, k), v, known[k], source) for k, v in values.items()})
+    return replace(config, **{k: _value(getattr(config, k), known[k], v, source) for k, v in values.items()})
 
 
-def _read(old: Any, value: Any, of: Field[Any], source: str) -> Any:
-    """A value of a TOML file as its setting takes it: tables are configurations, arrays tuples."""
-    if is_dataclass(old) and isinstance(value, dict):
-        return _with_values(old, value, f"{source}, {of.name}")
-    if "Path" in str(of.type):
+def _value(default: Any, setting: Field[Any], value: Any, source: str) -> Any:
+    """A value of a file as its setting holds it: a path, a tuple, or a configuration within the configuration."""
+    if is_dataclass(default) and isinstance(value, dict):
+        return _with_values(default, value, f"{source}, {setting.name}")
+    if "Path" in str(setting.type):
         return Path(value)
     return tuple(value) if isinstance(value, list) else value

@@ -170,7 +170,7 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of `records.jsonl` or `timings.jsonl`; none where it is absent. A last line that is torn is left out."""
+    """The lines of `records.jsonl` or `timings.jsonl`, but for a last one that is torn; none where it is absent."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -179,11 +179,10 @@ def described(tree: PyTree) -> dict[str, str]:
     """What each leaf of a tree is, in words, by path: kind, dtype, shape, and the examples that it covers."""
 
     def words(kind: Any) -> str:
-        name = type(kind).__name__ + " " if is_kind(kind) else ""
-        (leaf,) = jax.tree.leaves(kind)
+        arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(kind)]
         rows = kind.rows if isinstance(kind, PerExample) else None
-        covers = "" if rows is None else f" of rows with checksum {crc32(rows.tobytes())}"
-        return f"{name}{leaf.dtype}{list(leaf.shape)}{covers}"
+        covers = [] if rows is None else [f"of rows with checksum {crc32(rows.tobytes())}"]
+        return " ".join([*([type(kind).__name__] if is_kind(kind) else []), *arrays, *covers])
 
     leaves = jax.tree.flatten_with_path(tree, is_leaf=is_kind)[0]
     return {jax.tree_util.keystr(path): words(kind) for path, kind in leaves}

@@ -114,13 +114,15 @@ def block_coordinate(p: float, seed: int = 0) -> optax.GradientTransformation:
 
 
 def counts(p: float, seed: int = 0) -> optax.GradientTransformation:
-    r"""Data selection with counts: $c \leftarrow \max(c - \mathrm{sign}(g) \odot m, 0)$, $m_i \sim \mathrm{Bernoulli}(p)$.
+    r"""Data selection: counts of examples that move by one, or not at all.
 
-    Arguments:
-        p: share of the counts that may change in a meta-step, in (0, 1].
-        seed: of the draws.
+    $$c \leftarrow \max(c - \mathrm{sign}(g) \odot m, 0), \qquad m_i \sim \mathrm{Bernoulli}(p)$$
 
     z holds how often each example is trained on: whole numbers from 0, in a floating array, and they stay whole.
+
+    Arguments:
+        p: in (0, 1].
+        seed: of the draws; see `block_coordinate`.
 
     Errors: `ConfigError` for p outside (0, 1]; `StructureError` for counts that are negative or not whole.
 
@@ -138,14 +140,14 @@ def counts(p: float, seed: int = 0) -> optax.GradientTransformation:
 def exchange(n: int) -> optax.GradientTransformation:
     """Data selection at a fixed size: in every leaf, n examples gain a count, and n others lose one.
 
-    The i-th lowest entry of the metagradient gains what the i-th highest with c > 0 loses, for i up to n, and as long as
-    the one is lower than the other: fewer move where fewer can, or where gradients are equal. Of equal entries the one
-    with the lower number goes first. The total stays the same.
+    The example with the i-th lowest metagradient gains what that with the i-th highest and c > 0 loses, for i up to n,
+    as long as the one is lower than the other. So fewer move where fewer can, or where metagradients are equal. Of
+    equal ones the lower number goes first. The total stays the same.
+
+    z holds whole numbers from 0, in a floating array, and they stay whole.
 
     Arguments:
         n: at least 1.
-
-    z holds whole numbers from 0, in a floating array, and they stay whole.
 
     Errors: `ConfigError` for n below 1; `StructureError` for counts that are negative or not whole.
 

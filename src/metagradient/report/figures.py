@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 # Matplotlib knows no "currentColor": ink is drawn in this colour, which nothing else uses, and replaced in the SVG.
 _INK = "#010203"
 _COLOURS = ("#3d8fd1", "#e07b39", "#4aa564", "#a974c9")
+_STROKES = ("-", "--", ":", "-.")
 _SCHEME = "<style>svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#d7dce2}}</style>"
 
 
@@ -128,13 +130,15 @@ def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str
     """Lines over the positions 0, 1, ...: a loss per meta-step, say.
 
     Arguments:
-        series: values by name, at most four.
+        series: values by name; from the fifth on, colours come again in other strokes.
         x, y: names of the axes.
         caption: what the figure shows.
     """
     canvas, axes = _axes(7, 3.2)
-    for (name, values), colour in zip(series.items(), _COLOURS, strict=False):
-        axes.plot(np.arange(len(values)), values, color=colour, label=name, linewidth=2, marker="o", markersize=3.5)
+    styles = cycle((colour, stroke) for stroke in _STROKES for colour in _COLOURS)
+    for (name, values), (colour, stroke) in zip(series.items(), styles, strict=False):
+        style = {"color": colour, "linestyle": stroke, "linewidth": 2, "marker": "o", "markersize": 3.5}
+        axes.plot(np.arange(len(values)), values, label=name, **style)
     axes.set(xlabel=x, ylabel=y)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes)

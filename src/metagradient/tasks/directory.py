@@ -1,50 +1,134 @@
 """The directory of a run: its configuration, a record a meta-step, its figures, its report."""
 
 import json
-from dataclasses import asdict
+import tomllib
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from platform import platform, python_version
-from typing import Any
+from typing import Any, Self
 
 import jax
 import tomli_w
 
+from metagradient.descent.journal import RECORDS, TIMINGS, read_lines
 from metagradient.errors import ConfigError
+from metagradient.files import append_text, write_text
+
+_CONFIG, _RESULT, _VERSIONS = "config.toml", "result.json", "versions.json"
 
 
+@dataclass(frozen=True)
 class RunDirectory:
-    """Where a run leaves what it found: `config.toml`, `records.jsonl`, `result.json`, `report.html`.
+    """Where a run leaves what it found.
+
+        config.toml         the command and its settings; `--config` and `--resume` read it back
+        versions.json       what it was made with
+        records.jsonl       a line a meta-step; where `descend` keeps its journal here, that is its own
+        timings.jsonl       what each took
+        result.json         its figures, a flat dictionary: a run that has one is finished
+        report.html         one self-contained page
 
     Arguments:
-        path: the directory; made where absent.
-        config: a dataclass; all but its `out` is written, as a file that `--config` reads back.
-
-    Errors: `ConfigError` where the directory holds a run already.
+        path: the directory.
+        command: that made it.
+        config: its settings, but for `out`, as TOML has them.
     """
 
-    def __init__(self, path: Path, config: Any):
-        if (path / "config.toml").exists():
-            raise ConfigError(f"{path} holds a run already: choose another --out, or delete it")
-        path.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        values = {k: v for k, v in asdict(config).items() if v is not None and k != "out"}
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        (path / "config.toml").write_text(tomli_w.dumps(plain))
-        self.config = plain
+    path: Path
+    command: str
+    config: dict[str, Any]
+
+    @classmethod
+    def begin(cls, path: Path, config: Any, command: str, *, resume: bool = False) -> Self:
+        """The directory of a new run, or of one that is gone on with.
+
+        Arguments:
+            path: made where absent.
+            config: a dataclass; all but its `out` is written.
+            command: that makes it.
+            resume: go on with the run that it holds.
+
+        Errors: `ConfigError` where it holds a run already; with `resume`, where it holds none that can be gone on with:
+            it is absent, finished, another command's, or was begun with other settings.
+        """
+        text = tomli_w.dumps({"command": command, **_plain({k: v for k, v in asdict(config).items() if k != "out"})})
+        _, *settings = tomllib.loads(text).items()
+        self = cls(path, command, dict(settings))
+        if resume:
+            begun = cls.unfinished(path, command).config
+            changed = sorted(k for k in {*begun, *self.config} if begun.get(k) != self.config.get(k))
+            if changed:
+                raise ConfigError(f"{path} was begun with other settings: {', '.join(changed)}")
+        elif (path / _CONFIG).exists():
+            raise ConfigError(f"{path} holds a run already: choose another --out, delete it, or --resume it")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / _CONFIG, text)
+        write_text(path / _VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A run that is there, finished or not. `ConfigError` where there is none."""
+        try:
+            values = tomllib.loads((path / _CONFIG).read_text(encoding="utf-8"))
+            return cls(path, values.pop("command"), values)
+        except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+            raise ConfigError(f"{path} is no run directory: its {_CONFIG} is absent or names no command") from error
+
+    @classmethod
+    def unfinished(cls, path: Path, command: str) -> Self:
+        """A run that can be gone on with. `ConfigError` where it is another command's, or finished."""
+        self = cls.read(path)
+        if self.command != command:
+            raise ConfigError(f"{path} holds a run of `metagradient {self.command}`, not of `metagradient {command}`")
+        if self.figures is not None:
+            raise ConfigError(
+                f"{path} holds a finished run: `metagradient report {path}` shows it, another --out begins a new one"
+            )
+        return self
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `records.jsonl`."""
+        return read_lines(self / RECORDS)
+
+    @property
+    def timings(self) -> list[dict[str, Any]]:
+        """The lines of `timings.jsonl`."""
+        return read_lines(self / TIMINGS)
+
+    @property
+    def figures(self) -> dict[str, Any] | None:
+        """What `result.json` holds; None for a run that isn't finished."""
+        return _json(self / _RESULT)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the run was last worked on with."""
+        return _json(self / _VERSIONS) or {}
+
     def record(self, **values: Any) -> None:
-        """Append a line to `records.jsonl`."""
-        with (self / "records.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Append a line to `records.jsonl`; for a run whose records no `descend` writes."""
+        append_text(self / RECORDS, json.dumps(values) + "\n")
 
     def result(self, values: dict[str, Any]) -> None:
-        """Write the run's figures, a flat dictionary, to `result.json`."""
-        (self / "result.json").write_text(json.dumps(values, indent=2) + "\n")
+        """Write the run's figures, a flat dictionary, to `result.json`: it is finished."""
+        write_text(self / _RESULT, json.dumps(values, indent=2) + "\n")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as TOML holds them: without those that are None, paths as strings."""
+
+    def plain(value: Any) -> Any:
+        return _plain(value) if isinstance(value, dict) else str(value) if isinstance(value, Path) else value
+
+    return {k: plain(v) for k, v in values.items() if v is not None}
 
 
 def free_directory(name: str) -> Path:
@@ -54,10 +138,14 @@ def free_directory(name: str) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """What a run was made with."""
+    """What a run is made with."""
     return {
         "python": python_version(),
         **{name: version(name) for name in ("metagradient", "jax", "optax", "numpy")},
         "platform": platform(terse=True),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

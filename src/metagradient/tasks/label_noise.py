@@ -17,7 +17,8 @@ from sklearn.metrics import roc_auc_score
 from metagradient.data.batches import EpochBatches
 from metagradient.data.images import Images, load_cifar10, load_digits
 from metagradient.descent import updates
-from metagradient.descent.loop import MetaStep, descend, fresh_seed
+from metagradient.descent.loop import Descent, descend
+from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.metaparameters import PerExample
 from metagradient.models import MLP, ResNet9
@@ -25,9 +26,13 @@ from metagradient.report.figures import least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, write
 from metagradient.run import train
 from metagradient.step.segment import Segment
-from metagradient.tasks.directory import RunDirectory, free_directory, versions
+from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.pages import closing
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
+
+# Least trusted examples that the report shows.
+_SHOWN = 24
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,11 @@ class _Recipe:
         return np.array([one(fresh_seed(self.config.seed, i)) for i in range(self.config.seeds)])
 
 
-def run(config: LabelNoise) -> dict[str, float]:
+def run(config: LabelNoise, *, resume: bool = False) -> dict[str, float]:
     """Run the task, print what was learnt, and fill the run's directory.
+
+    Arguments:
+        resume: go on with the run that `config.out` holds.
 
     Returns: the figures in `result.json`: `auroc_flipped`, accuracies (means over fresh seeds), `seconds`,
         `training_runs`.
@@ -129,15 +137,15 @@ def run(config: LabelNoise) -> dict[str, float]:
     Cost: `meta_steps` metagradients and 5 x `seeds` trainings; about a minute for the digits on two cores.
     """
     start = perf_counter()
-    console = Console()
     pool, target, held_out = _split(config)
-    directory = RunDirectory(config.out or free_directory("demo"), config)
+    directory = RunDirectory.begin(config.out or free_directory("demo"), config, "demo", resume=resume)
+    seconds_before = sum(t["seconds"] for t in directory.timings)
     assert pool.observed is not None
     wrong = pool.observed != pool.labels
     recipe = _recipe(config, pool)
     noisy = _Arm(pool.images, pool.observed, jnp.ones(len(pool)))
-    records = _descend(recipe, noisy, target, held_out, directory)
-    weights = np.asarray(records[-1].z["weights"].value)
+    descent = _descend(recipe, noisy, target, held_out, directory)
+    weights = np.asarray(descent.z["weights"].value)
     size = int(np.clip(round(weights.sum() ** 2 / (weights**2).sum()), config.batch, len(pool)))
     subset = np.random.default_rng((config.seed, 2)).choice(len(pool), size, replace=False)
     arms = {
@@ -147,21 +155,31 @@ def run(config: LabelNoise) -> dict[str, float]:
         "mgd": _Arm(pool.images, pool.observed, jnp.asarray(weights)),
         "clean": _Arm(pool.images, pool.labels, jnp.ones(len(pool))),
     }
-    segment = records[-1].stats.segment
-    accuracies = {name: recipe.accuracy(arm, held_out, segment) for name, arm in arms.items()}
+    assert descent.segment is not None
+    accuracies = {name: recipe.accuracy(arm, held_out, descent.segment) for name, arm in arms.items()}
     result = {
         "auroc_flipped": float(roc_auc_score(wrong, -weights)),
         **{f"accuracy_{name}": float(values.mean()) for name, values in accuracies.items()},
-        "seconds": perf_counter() - start,
-        "training_runs": sum(r.training_runs for r in records),
+        "seconds": seconds_before + perf_counter() - start,
+        "training_runs": sum(t["training_runs"] for t in directory.timings),
         "examples": len(pool),
         "share_flipped": float(wrong.mean()),
         "random_subset": size,
     }
-    np.savez(directory / "weights.npz", weights=weights, given=pool.observed, true=pool.labels)
+    lowest = np.argsort(weights, kind="stable")[:_SHOWN]
+    np.savez(
+        directory / "weights.npz",
+        weights=weights,
+        given=pool.observed,
+        true=pool.labels,
+        lowest=lowest,
+        lowest_images=pool.images[lowest],
+        classes=np.array(pool.classes),
+    )
+    np.savez(directory / "accuracies.npz", **accuracies)
     directory.result(result)
-    write(_page(config, directory, pool, weights, wrong, records, accuracies, result), directory / "report.html")
-    _print(console, accuracies, result, directory)
+    write(page(directory), directory / "report.html")
+    _print(directory)
     return result
 
 
@@ -207,7 +225,7 @@ def _recipe(config: LabelNoise, pool: Images) -> _Recipe:
     return _Recipe(config, model, optimizer, loss)
 
 
-def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, directory: RunDirectory) -> list[MetaStep]:
+def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, directory: RunDirectory) -> Descent:
     config = recipe.config
 
     def mean_loss(state: TrainState, images: Images) -> jax.Array:
@@ -215,7 +233,7 @@ def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, dir
         return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
 
     rate = optax.linear_schedule(config.rate, config.final_rate, max(1, config.meta_steps - 1))
-    steps = descend(
+    descent = descend(
         lambda seed: recipe.training(noisy, seed),
         lambda state, z: mean_loss(state, target),
         {"weights": PerExample(noisy.weights)},
@@ -224,23 +242,14 @@ def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, dir
         project=updates.box(0, 1),
         held_out=lambda state, z: mean_loss(state, held_out),
         seed=config.seed,
+        out=directory.path,
     )
-    records = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        task = progress.add_task("meta-steps", total=config.meta_steps)
-        for record in steps:
-            records.append(record)
-            directory.record(
-                step=record.step,
-                value=record.value,
-                held_out=record.held_out,
-                grad_norm=record.grad_norm,
-                training_runs=record.training_runs,
-                seconds=record.stats.seconds,
-            )
+        task = progress.add_task("meta-steps", total=config.meta_steps, completed=descent.step)
+        for record in descent:
             progress.update(task, advance=1, description=f"meta-steps (loss on clean target {record.value:.3f})")
-    return records
+    return descent
 
 
 _NAMES = {
@@ -252,17 +261,17 @@ _NAMES = {
 }
 
 
-def _rows(accuracies: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+def _rows(directory: RunDirectory) -> list[tuple[str, str]]:
+    accuracies = _arrays(directory / "accuracies.npz")
     # The error of a mean over seeds.
     spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
     return [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
 
 
-def _print(
-    console: Console, accuracies: dict[str, np.ndarray], result: dict[str, float], directory: RunDirectory
-) -> None:
+def _print(directory: RunDirectory) -> None:
+    console, result = Console(), _figures(directory)
     table = Printed("trained on", "held-out accuracy", title="What was learnt (mean ± standard error over fresh seeds)")
-    for row in _rows(accuracies):
+    for row in _rows(directory):
         table.add_row(*row)
     console.print(table)
     console.print(
@@ -272,25 +281,17 @@ def _print(
     console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
 
 
-def _page(
-    config: LabelNoise,
-    directory: RunDirectory,
-    pool: Images,
-    weights: np.ndarray,
-    wrong: np.ndarray,
-    records: list[MetaStep],
-    accuracies: dict[str, np.ndarray],
-    result: dict[str, float],
-) -> Page:
-    source = f"{len(pool)} images of CIFAR-10 with human labels" if config.data else f"{len(pool)} handwritten digits"
-    losses = {
-        "clean target": [r.value for r in records],
-        "held out": [r.held_out for r in records if r.held_out is not None],
-    }
+def page(directory: RunDirectory) -> Page:
+    """The report of a finished run, of its files alone."""
+    config, result, records = directory.config, _figures(directory), directory.records
+    learnt = _arrays(directory / "weights.npz")
+    weights, given, true, lowest = (learnt[name] for name in ("weights", "given", "true", "lowest"))
+    images = "images of CIFAR-10 with human labels" if "data" in config else "handwritten digits"
+    losses = {"clean target": [r["value"] for r in records], "held out": [r["held_out"] for r in records]}
     summary = (
-        f"{source}, {result['share_flipped']:.0%} of them with a wrong label. A weight for each was learnt by "
-        f"differentiating whole training runs: in {len(records)} meta-steps, each with a fresh seed, weights moved so "
-        f"that a model trained with them does better on {config.target} clean examples.\n\n"
+        f"{len(weights)} {images}, {result['share_flipped']:.0%} of them with a wrong label. A weight for each was "
+        f"learnt by differentiating whole training runs: in {len(records)} meta-steps, each with a fresh seed, weights "
+        f"moved so that a model trained with them does better on {config['target']} clean examples.\n\n"
         f"A model trained on everything reaches {result['accuracy_all']:.1%} on held-out images, one trained with the "
         f"learnt weights {result['accuracy_mgd']:.1%}, one with all labels corrected {result['accuracy_clean']:.1%}."
     )
@@ -301,14 +302,21 @@ def _page(
             Section(
                 "What was learnt",
                 "Each row trains the same model in the same way; means over seeds that the descent never saw.",
-                Table(("trained on", "held-out accuracy (± standard error)"), _rows(accuracies), emphasis=3),
+                Table(("trained on", "held-out accuracy (± standard error)"), _rows(directory), emphasis=3),
             ),
             Section(
                 "Which examples it trusts",
                 "A weight near zero says: training on this example hurts. No true label of these was ever shown.",
                 figures=(
-                    weights_by_group(weights, wrong),
-                    least_trusted(pool.images, weights, _given(pool), pool.labels, pool.classes),
+                    weights_by_group(weights, given != true),
+                    least_trusted(
+                        learnt["lowest_images"],
+                        weights[lowest],
+                        given[lowest],
+                        true[lowest],
+                        learnt["classes"].tolist(),
+                        _SHOWN,
+                    ),
                 ),
             ),
             Section(
@@ -316,12 +324,10 @@ def _page(
                 "The loss of the trained model, at the weights of each meta-step.",
                 figures=(lines(losses, x="meta-step", y="loss", caption="Loss per meta-step, each on a fresh seed."),),
             ),
-            Section("Settings", table=Table(("setting", "value"), list(directory.config.items()))),
-            Section(
-                "Cost and versions",
+            *closing(
+                directory,
                 f"{result['training_runs']:.0f} training runs' worth of compute in the descent, counted in matrix "
                 f"products; {result['seconds']:.0f} seconds in all, compilation and evaluation included.",
-                Table(("what", "version"), list(versions().items())),
             ),
         ],
         [
@@ -332,6 +338,11 @@ def _page(
     )
 
 
-def _given(pool: Images) -> np.ndarray:
-    assert pool.observed is not None
-    return pool.observed
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return dict(stored)
+
+
+def _figures(directory: RunDirectory) -> dict[str, float]:
+    assert directory.figures is not None
+    return directory.figures

@@ -18,15 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
-from metagradient.descent.journal import TIMINGS, read_lines
-from metagradient.descent.loop import descend, fresh_seed
+from metagradient.descent.loop import descend
+from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.metaparameters import PerExample
+from metagradient.report.page import write
 from metagradient.run import train
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
-from metagradient.tasks.poisoning_report import ARMS, PLACES, write_report
+from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, page
 from metagradient.training import Training, TrainState
 
 
@@ -132,8 +133,11 @@ class Trained:
     right: np.ndarray
 
 
-def run(config: Poison) -> dict[str, float]:
+def run(config: Poison, *, resume: bool = False) -> dict[str, float]:
     """Run the attack and its baselines, measure them, and fill the run's directory.
+
+    Arguments:
+        resume: go on with the run that `config.out` holds.
 
     Returns: the figures in `result.json`. For every arm (`metagradient`, `canceling`, `flips`, `noise`) and place
         (`attacked`, `fresh`, `standard`): `drop_ARM_PLACE`, in points of accuracy against the clean training at the
@@ -146,7 +150,8 @@ def run(config: Poison) -> dict[str, float]:
     """
     start = perf_counter()
     task = _task(config)
-    directory = RunDirectory(config.out or free_directory("poison"), config)
+    directory = RunDirectory.begin(config.out or free_directory("poison"), config, "poison", resume=resume)
+    seconds_before = sum(t["seconds"] for t in directory.timings)
     poisoned = _attack(task, directory)
     cancelled, share, left = _canceled(task)
     chosen = task.chosen
@@ -163,16 +168,16 @@ def run(config: Poison) -> dict[str, float]:
         "poisoned": len(task.rows),
         "corruption": share,
         "gradient_left": float(left[-1]),
-        "training_runs": sum(line["training_runs"] for line in read_lines(directory / TIMINGS)),
+        "training_runs": sum(t["training_runs"] for t in directory.timings),
         "cancel_training_runs": _cancel_training_runs(config, len(task.rows)),
-        "seconds": perf_counter() - start,
+        "seconds": seconds_before + perf_counter() - start,
     }
     np.savez(
-        directory / "poisons.npz", rows=task.rows, images=poisoned, clean=chosen.images, labels=chosen.labels,
+        directory / POISONS, rows=task.rows, images=poisoned, clean=chosen.images, labels=chosen.labels,
         canceling=cancelled, gradient_left=left, classes=np.array(task.pool.classes),
     )  # fmt: skip
     directory.result(result)
-    write_report(directory.path)
+    write(page(directory), directory / "report.html")
     Console().print(f"report: {directory / 'report.html'}", soft_wrap=True)
     return result
 

@@ -1,17 +1,14 @@
 """The page of a poisoning run, made from what lies in its directory."""
 
-import json
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.report.figures import before_and_after, lines
-from metagradient.report.page import Page, Section, Table, write
-from metagradient.tasks.directory import versions
+from metagradient.report.page import Page, Section, Table
+from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.pages import closing
 
 ARMS = {
     "clean": "nothing poisoned",
@@ -29,16 +26,10 @@ PLACES = {
 }
 """Where it is trained: in the attacked run, at fresh seeds, and by the standard recipe at fresh seeds."""
 
+POISONS = "poisons.npz"
+"""File of a run's directory: which images, what they were, and what they became."""
+
 _POINTS = 40
-
-
-def write_report(directory: Path) -> None:
-    """Write `report.html` from the other files of a run's directory."""
-    config = tomllib.loads((directory / "config.toml").read_text())
-    result = json.loads((directory / "result.json").read_text())
-    records = read_lines(directory / RECORDS)
-    with np.load(directory / "poisons.npz") as saved:
-        write(_page(config, result, records, dict(saved)), directory / "report.html")
 
 
 def curves(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -67,7 +58,12 @@ def losses(result: Mapping[str, float]) -> Table:
     return Table(("changed in the poisoned images", *PLACES.values()), rows, emphasis=1)
 
 
-def _page(config: dict[str, Any], result: dict[str, float], records: list[dict], saved: dict[str, np.ndarray]) -> Page:
+def page(directory: RunDirectory) -> Page:
+    """The report of a finished run, of its files alone."""
+    config, result = directory.config, directory.figures
+    assert result is not None
+    with np.load(directory / POISONS) as stored:
+        saved = dict(stored)
     one_run = not config["seeds"]
     count, share = int(result["poisoned"]), f"{config['share']:.1%}"
     aim = (
@@ -85,7 +81,7 @@ def _page(config: dict[str, Any], result: dict[str, float], records: list[dict],
         f"{result['drop_metagradient_fresh']:.1f} points, and with a standard recipe by "
         f"{result['drop_metagradient_standard']:.1f}."
     )
-    attacked, held_out = curves(records)
+    attacked, held_out = curves(directory.records)
     ascent = {"attacked images": attacked, "held out": held_out}
     every = max(1, len(saved["gradient_left"]) // _POINTS)
     return Page(
@@ -119,13 +115,11 @@ def _page(config: dict[str, Any], result: dict[str, float], records: list[dict],
                     ),
                 ),
             ),
-            Section("Settings", table=Table(("setting", "value"), list(_flat(config).items()))),
-            Section(
-                "Cost and versions",
+            *closing(
+                directory,
                 f"{result['training_runs']:.0f} training runs' worth of compute in the attack, counted in matrix "
                 f"products, {result['cancel_training_runs']:.0f} in gradient canceling; {result['seconds']:.0f} "
                 "seconds in all, compilation and evaluation included.",
-                Table(("what", "version"), list(versions().items())),
             ),
         ],
         [
@@ -135,10 +129,3 @@ def _page(config: dict[str, Any], result: dict[str, float], records: list[dict],
             (f"{result['drop_canceling_attacked']:.1f}", "points lost to gradient canceling, attacked run"),
         ],
     )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat

@@ -1,0 +1,52 @@
+"""The commands, by name. Each is imported when it is called for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from metagradient.tasks.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command.
+
+    Arguments:
+        config: its configuration's defaults, a dataclass.
+        run: takes a configuration; where there is a run directory to go on with, `resume=True` too.
+        preset: what to start from where --data is given; see `metagradient.cli.parse`.
+        page: run directory -> `metagradient.report.page.Page`, for a finished run; None for a command without one.
+    """
+
+    config: Any
+    run: Callable[..., Any]
+    preset: str | None = None
+    page: Callable[[RunDirectory], Any] | None = None
+
+
+def _demo() -> Task:
+    from metagradient.tasks import label_noise as task
+
+    return Task(task.LabelNoise(), task.run, preset="cifar10", page=task.page)
+
+
+def _plan() -> Task:
+    from metagradient.tasks import pricing as task
+
+    return Task(task.Pricing(), task.run)
+
+
+def _poison() -> Task:
+    from metagradient.tasks import poisoning as task
+    from metagradient.tasks.poisoning_report import page
+
+    return Task(task.Poison(), task.run, preset="tiny", page=page)
+
+
+def _report() -> Task:
+    from metagradient.tasks import report as task
+
+    return Task(task.Report(), task.run)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"demo": _demo, "plan": _plan, "poison": _poison, "report": _report}
