@@ -16,14 +16,13 @@ from pyarrow import parquet as pq
 
 import metagradient as mg
 from metagradient.cli import main, parse
-from metagradient.data.images import Images, load_digits
+from metagradient.data.images import Images, load_digits, load_images
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient, value_and_pixel_gradient
 from metagradient.tasks.poisoning import Poison, Trained, ascent, figures, project
 from metagradient.tasks.poisoning_report import ARMS, PLACES
 
 ROWS = np.array([3, 17, 30])
-# Padding of gradients: a digit's border is zero, and its pixels don't matter much.
 DIGITS = load_digits()
 
 
@@ -100,7 +99,7 @@ def test_gradient_canceling_follows_its_objective():
             logits = classifier.logits(replace(state, params=params), images)
             return -jnp.sum(jax.nn.log_softmax(logits)[jnp.arange(48), labels])
 
-        return sum(0.5 * jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(state.params)))
+        return sum((0.5 * jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(state.params))), jnp.zeros(()))
 
     value, found = value_and_pixel_gradient(classifier, state, gradient, noisy, jnp.asarray(poisoned.labels))
     expected, of_it = jax.value_and_grad(objective)(noisy)
@@ -121,16 +120,20 @@ def test_the_box_holds_images_and_the_ascent_moves_every_pixel_up_the_gradient()
     inside[:, :1] = 0
     images = images * inside
     update = ascent(lambda count: 0.3 - 0.1 * count, 0.5)
-    z = {"pixels": mg.PerExample(jnp.zeros_like(images), rows=ROWS)}
-    memory, gradient = update.init(z), np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
+
+    def pixels(values: np.ndarray) -> Any:
+        return {"pixels": mg.PerExample(jnp.asarray(values), rows=ROWS)}
+
+    z: Any = pixels(np.zeros_like(images))
     changes: Any
-    changes, memory = update.update({"pixels": mg.PerExample(jnp.asarray(gradient), rows=ROWS)}, memory, z)
+    memory, gradient = update.init(z), np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
+    changes, memory = update.update(pixels(gradient), memory, z)
     np.testing.assert_allclose(changes["pixels"].value, 0.3 * np.sign(gradient), rtol=1e-6)
-    # Weaker by far, and against it: the momentum of the normalised gradient decides.
-    changes, _ = update.update({"pixels": mg.PerExample(jnp.asarray(-1e-3 * gradient), rows=ROWS)}, memory, z)
+    # Weaker by far, but as long once normalised: the momentum doesn't outweigh it.
+    changes, _ = update.update(pixels(-1e-3 * gradient), memory, z)
     np.testing.assert_allclose(changes["pixels"].value, -0.2 * np.sign(gradient), rtol=1e-6)
 
-    found = project(mg.PerExample(jnp.asarray(5 * gradient), rows=ROWS), images, inside)
+    found = project(pixels(5 * gradient)["pixels"], images, inside)
     poisoned = images + np.asarray(found.value)
     np.testing.assert_allclose(poisoned, np.clip(images + 5 * gradient, 0, inside), atol=1e-6)
     np.testing.assert_array_equal(found.rows, ROWS)
@@ -153,15 +156,15 @@ def test_figures_pair_trainings_by_seed():
     assert found["accuracy_noise_standard"] == pytest.approx(0.8)
 
 
-def mnist_like(directory: Path, sizes: dict[str, int]) -> Path:
-    """Grey 28 x 28 PNGs in MNIST's Parquet layout: the digits, enlarged."""
+def mnist_like(directory: Path, sizes: dict[str, int], side: int = 28) -> Path:
+    """Grey PNGs in MNIST's Parquet layout: the digits, enlarged."""
     directory.mkdir()
     start = 0
     for split, size in sizes.items():
         rows = []
         for image in DIGITS.images[start : start + size]:
             file = io.BytesIO()
-            grey = Image.fromarray((255 * image[..., 0]).astype(np.uint8)).resize((28, 28))
+            grey = Image.fromarray((255 * image[..., 0]).astype(np.uint8)).resize((side, side))
             grey.save(file, "PNG")
             rows.append({"bytes": file.getvalue(), "path": None})
         labels = pa.array(DIGITS.labels[start : start + size].astype(np.int64))
@@ -223,10 +226,21 @@ def test_the_command_reads_grey_images_of_another_size_and_leaves_their_border_a
     assert main(["poison", *arguments]) == 0
     with np.load(out / "poisons.npz") as saved:
         assert saved["images"].shape == (8, 8, 8, 1)
+        whole = load_images(data).shrunk(4)
+        np.testing.assert_array_equal(saved["clean"][:, :7, :7], whole.images[saved["rows"]])
+        np.testing.assert_array_equal(saved["labels"], whole.labels[saved["rows"]])
         border = np.ones((8, 8, 1), bool)
         border[:7, :7] = False
         assert np.all(saved["images"][:, border] == 0)
         assert np.all(saved["canceling"][:, border] == 0)
+
+
+def test_test_images_of_another_size_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = mnist_like(tmp_path / "images", {"train": 250})
+    tables = pq.read_table(mnist_like(tmp_path / "others", {"test": 60}, side=32) / "test-00000-of-00001.parquet")
+    pq.write_table(tables, data / "test-00000-of-00001.parquet")
+    assert main(["poison", "--data", str(data), "--shrink", "4", "--out", str(tmp_path / "run"), *TINY]) == 2
+    assert "not of the size" in " ".join(capsys.readouterr().err.split())
 
 
 def test_only_the_chosen_images_change_and_no_label_but_in_the_flips():

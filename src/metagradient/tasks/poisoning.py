@@ -15,19 +15,20 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Printed
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
 from metagradient.descent.loop import descend
 from metagradient.descent.seeds import fresh_seed
-from metagradient.errors import ConfigError
+from metagradient.errors import ConfigError, DataError
 from metagradient.metaparameters import PerExample
 from metagradient.report.page import write
 from metagradient.run import train
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
-from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, page
+from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, drops, page
 from metagradient.training import Training, TrainState
 
 
@@ -92,6 +93,7 @@ class _Task:
     Arguments:
         pool, target, held_out, test: training images; those attacked; those that choose; those reported.
         rows: int[m], which training images are poisoned, ascending.
+        ids: int[n], where each training image lies in the user's training split.
         inside: float32[height, width, channels], the highest value of every pixel: 1, or 0 in a padded border.
     """
 
@@ -102,6 +104,7 @@ class _Task:
     held_out: Images
     test: Images
     rows: np.ndarray
+    ids: np.ndarray
     inside: np.ndarray
 
     @property
@@ -173,12 +176,12 @@ def run(config: Poison, *, resume: bool = False) -> dict[str, float]:
         "seconds": seconds_before + perf_counter() - start,
     }
     np.savez(
-        directory / POISONS, rows=task.rows, images=poisoned, clean=chosen.images, labels=chosen.labels,
+        directory / POISONS, rows=task.ids[task.rows], images=poisoned, clean=chosen.images, labels=chosen.labels,
         canceling=cancelled, gradient_left=left, classes=np.array(task.pool.classes),
     )  # fmt: skip
     directory.result(result)
     write(page(directory), directory / "report.html")
-    Console().print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    _print(result, directory)
     return result
 
 
@@ -193,21 +196,23 @@ def _task(config: Poison) -> _Task:
         raise ConfigError(f"a share of {c.share} of {c.examples} examples is {poisoned} images to poison")
     if c.examples < r.batch:
         raise ConfigError(f"examples must hold at least a batch of {r.batch}")
-    pool, target, held_out, test = _images(c)
+    (pool, target, held_out, test), ids = _images(c)
     classifier = Classifier(r, len(pool.classes), pool.images.shape[-1])
     rows = np.random.default_rng((c.seed, 3)).choice(c.examples, poisoned, replace=False)
     inside = classifier.fitted(replace(pool.take([0]), images=np.ones_like(pool.images[:1]))).images[0]
     fitted = [classifier.fitted(images) for images in (pool, target, held_out, test)]
-    return _Task(c, classifier, *fitted, rows=np.sort(rows), inside=inside)
+    return _Task(c, classifier, *fitted, rows=np.sort(rows), ids=ids, inside=inside)
 
 
-def _images(config: Poison) -> tuple[Images, Images, Images, Images]:
-    """Training pool, target, held-out and test images."""
+def _images(config: Poison) -> tuple[tuple[Images, Images, Images, Images], np.ndarray]:
+    """Training pool, target, held-out and test images, and where those of the pool lie in the training split."""
     c = config
     sizes = [c.examples, c.target, c.held_out]
     if c.data:
         everything = load_images(c.data, limit=sum(sizes)).shrunk(c.shrink)
         test = load_images(c.data, "test", limit=c.test).shrunk(c.shrink)
+        if test.images.shape[1:] != everything.images.shape[1:]:
+            raise DataError(f"{c.data}: test images are not of the size and channels of training images")
     else:
         everything, test = load_digits().shrunk(c.shrink), None
         sizes.append(c.test)
@@ -217,7 +222,7 @@ def _images(config: Poison) -> tuple[Images, Images, Images, Images]:
         )
     order = np.random.default_rng((c.seed, 1)).permutation(len(everything))[: sum(sizes)]
     pool, target, held_out, *rest = (everything.take(rows) for rows in np.split(order, np.cumsum(sizes)[:-1]))
-    return pool, target, held_out, test or rest[0]
+    return (pool, target, held_out, test or rest[0]), order[: c.examples]
 
 
 def project(pixels: PerExample, images: np.ndarray, inside: np.ndarray) -> PerExample:
@@ -345,6 +350,15 @@ def figures(trained: list[Trained]) -> dict[str, float]:
             found[f"drop_{arm}_{place}"] = float(drops.mean())
             found[f"error_{arm}_{place}"] = float(drops.std(ddof=1) / len(drops) ** 0.5)
     return found
+
+
+def _print(result: dict[str, float], directory: RunDirectory) -> None:
+    console, found = Console(), drops(result)
+    table = Printed(*found.header, title="Points of test accuracy lost ± standard error (accuracy left)")
+    for row in found.rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
 
 
 def _train(classifier: Classifier, images: Images, seed: int) -> TrainState:
