@@ -1,6 +1,6 @@
 """What a metagradient costs, over three models; prints Markdown tables.
 
-    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--out docs/cost.md]
+    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--models MLP] [--out docs/cost.md]
 
 ratios: times plain training, by schedule and by what a step keeps. planner: predicted against measured, three budgets a
 model. weights: cost against the number of example weights. queries: many objectives in one traversal. long: T = 10,000
@@ -142,8 +142,10 @@ def decoder(corpus: Path, steps: int = 16) -> Problem:
     )  # fmt: skip
 
 
-def problems(corpus: Path | None) -> list[Problem]:
-    return [mlp(), resnet9(), *([decoder(corpus)] if corpus else [])]
+def problems(given: argparse.Namespace) -> list[Problem]:
+    corpus: Path | None = given.corpus
+    made = {"MLP": mlp, "ResNet-9": resnet9, **({"decoder": lambda: decoder(corpus)} if corpus else {})}
+    return [make() for name, make in made.items() if name in given.models]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -168,7 +170,7 @@ def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
 
 def ratios(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given.corpus):
+    for problem in problems(given):
         ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
         leaf = problem.segment
         every = 1 if leaf.loop == "scan" else None
@@ -187,7 +189,7 @@ def ratios(given: argparse.Namespace) -> list[str]:
 
 def planner(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given.corpus):
+    for problem in problems(given):
         state = nbytes(problem.training.initial(problem.z))
         for states in (1000, 40, 12):
             memory = mg.Memory(device=states * state)
@@ -275,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tables", nargs="+", choices=list(TABLES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=["MLP", "ResNet-9", "decoder"], help="of ratios and planner")
     parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
