@@ -1,6 +1,6 @@
 """What a metagradient costs, over three models; prints Markdown tables.
 
-    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--out docs/cost.md]
+    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--models MLP] [--out docs/cost.md]
 
 ratios: times plain training, by schedule and by what a step keeps. planner: predicted against measured, three budgets a
 model. weights: cost against the number of example weights. queries: many objectives in one traversal. long: T = 10,000
@@ -92,7 +92,7 @@ def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int
     batches = EpochBatches({"x": images[:1200], "y": labels[:1200]}, batch=batch, steps=steps, seed=0)
     init = model.init(jax.random.key(0))
     training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
-    target = {"x": images[1200:1456], "y": labels[1200:1456]}
+    target = {"x": images[1200 : 1200 + batch], "y": labels[1200 : 1200 + batch]}
     return Problem(
         name,
         training,
@@ -102,43 +102,50 @@ def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int
     )
 
 
-def mlp(steps: int = 512, length: int = 16) -> Problem:
-    return classifier("MLP", MLP(sizes=(64, 128, 10)), digits()[0], steps, 256, mg.Segment(length))
+def mlp(steps: int = 512, length: int = 32, hidden: int = 128) -> Problem:
+    return classifier("MLP", MLP(sizes=(64, hidden, 10)), digits()[0], steps, 256, mg.Segment(length))
 
 
-def resnet9() -> Problem:
+def resnet9(steps: int = 48) -> Problem:
     images = digits()[0].reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2)
     model = ResNet9.smooth(widths=(16, 32, 64), channels=1)
-    return classifier("ResNet-9", model, images, 24, 64, mg.Segment(1, "steps", "state"))
+    return classifier("ResNet-9", model, images, steps, 64, mg.Segment(1, "steps", "state"))
 
 
-def decoder(corpus: Path) -> Problem:
-    """A character-level language model of four layers."""
+def decoder(corpus: Path, steps: int = 16) -> Problem:
+    """A language model of four layers; its tokens are the most frequent pairs of characters."""
     text = np.frombuffer(corpus.read_bytes(), np.uint8).astype(np.int32)
-    length, windows = 64, 2000
-    rows = np.stack([text[i * length : (i + 1) * length + 1] for i in range(windows)])
+    pairs, ids, counts = np.unique(text[0 : len(text) // 2 * 2 : 2] * 256 + text[1::2][: len(text) // 2],
+                                   return_inverse=True, return_counts=True)  # fmt: skip
+    rank = np.empty(len(pairs), np.int32)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(pairs))
+    vocabulary, length, windows = 4096, 128, 1000
+    tokens = np.minimum(rank[ids], vocabulary - 1)
+    rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(windows)])
     model = Decoder(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, attention_chunk=length, loss_chunk=8 * length, rematerialise=False,
     )  # fmt: skip
     optimizer = optax.adamw(1e-3, eps_root=1e-8)
 
     def losses(params: Any, state: Any, data: Any) -> tuple[jax.Array, Any]:
         return model.token_losses(params, data["tokens"][:, :-1], data["tokens"][:, 1:]).mean(-1), state
 
-    batches = EpochBatches({"tokens": rows[:1500]}, batch=8, steps=24, seed=0)
+    batches = EpochBatches({"tokens": rows[:900]}, batch=8, steps=steps, seed=0)
     init = model.init(jax.random.key(0))
     training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
-    target = {"tokens": rows[1500:1532]}
-    z = {"weights": mg.PerExample(jnp.ones(1500))}
+    target = {"tokens": rows[900:908]}
+    z = {"weights": mg.PerExample(jnp.ones(900))}
     return Problem(
         "decoder", training, lambda s, z: losses(s.params, s.model_state, target)[0].mean(), z,
         mg.Segment(1, "steps", "gradient"),
     )  # fmt: skip
 
 
-def problems(corpus: Path | None) -> list[Problem]:
-    return [mlp(), resnet9(), *([decoder(corpus)] if corpus else [])]
+def problems(given: argparse.Namespace) -> list[Problem]:
+    corpus: Path | None = given.corpus
+    made = {"MLP": mlp, "ResNet-9": resnet9, **({"decoder": lambda: decoder(corpus)} if corpus else {})}
+    return [make() for name, make in made.items() if name in given.models]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -163,7 +170,7 @@ def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
 
 def ratios(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given.corpus):
+    for problem in problems(given):
         ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
         leaf = problem.segment
         every = 1 if leaf.loop == "scan" else None
@@ -182,7 +189,7 @@ def ratios(given: argparse.Namespace) -> list[str]:
 
 def planner(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given.corpus):
+    for problem in problems(given):
         state = nbytes(problem.training.initial(problem.z))
         for states in (1000, 40, 12):
             memory = mg.Memory(device=states * state)
@@ -270,6 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("tables", nargs="+", choices=list(TABLES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=["MLP", "ResNet-9", "decoder"], help="of ratios and planner")
     parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

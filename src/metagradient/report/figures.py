@@ -132,10 +132,7 @@ def least_trusted(
     canvas = _canvas(1.15 * across, 1.6 * down)
     for place, row in enumerate(rows):
         axes = canvas.add_subplot(down, across, place + 1)
-        # Enlarged here: a browser would blur an 8 x 8 picture.
-        pixels = images[row].repeat(8, axis=0).repeat(8, axis=1)
-        axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-        axes.set_axis_off()
+        _show(axes, images[row])
         wrong = true is not None and given[row] != true[row]
         words = classes[int(given[row])]
         if true is not None and wrong:
@@ -146,6 +143,33 @@ def least_trusted(
         return _figure(canvas, f"{shown}.", f"{shown}.")
     found = f"{int(np.sum(given[rows] != true[rows]))} of these {len(rows)} labels are wrong"
     return _figure(canvas, f"{shown} (orange: wrong). {found}.", f"{shown}. {found}.")
+
+
+def before_and_after(
+    before: np.ndarray, after: np.ndarray, labels: np.ndarray, classes: Sequence[str], count: int = 12
+) -> Figure:
+    """Images in pairs of rows: as they were, under their labels, and below as they became.
+
+    Arguments:
+        before, after: float[n, height, width, channels] in [0, 1], of one or three channels.
+        labels: int[n].
+        classes: names of the labels.
+        count: how many pairs to show, from the first.
+    """
+    count = min(count, len(labels))
+    across = min(6, count)
+    bands = -(-count // across)
+    canvas = _canvas(1.15 * across, 2.75 * bands)
+    for place in range(count):
+        band, column = divmod(place, across)
+        for row, images in enumerate((before, after)):
+            axes = canvas.add_subplot(2 * bands, across, (2 * band + row) * across + column + 1)
+            _show(axes, images[place])
+            if row == 0:
+                axes.set_title(classes[int(labels[place])], fontsize=9, color=_INK)
+    shown = f"{count} of the {len(labels)} poisoned images in pairs: clean above, poisoned below, labels unchanged."
+    moved = f"Pixels moved by {np.abs(after - before).mean():.2f} of their range on average."
+    return _figure(canvas, f"{shown} {moved}", f"{shown} {moved}")
 
 
 def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str) -> Figure:
@@ -166,6 +190,58 @@ def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str
     _legend(axes)
     ends = "; ".join(f"{name} from {v[0]:.3g} to {v[-1]:.3g}" for name, v in series.items() if len(v))
     return _figure(canvas, caption, f"{caption} {y} by {x}: {ends}.")
+
+
+def schedules(learnt: np.ndarray, chosen: Mapping[str, np.ndarray]) -> Figure:
+    """Learning rates over a training run, on a logarithmic axis: of every meta-step, faint, and of those chosen.
+
+    Arguments:
+        learnt: float[m, T] above 0, the schedule at each meta-step, from the first.
+        chosen: float[T] above 0 by name, at most four.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for number, rates in enumerate(learnt):
+        axes.plot(rates, color=_COLOURS[0], linewidth=1, alpha=0.1 + 0.35 * number / max(1, len(learnt) - 1))
+    for (name, rates), colour in zip(chosen.items(), _COLOURS, strict=False):
+        axes.plot(rates, color=colour, label=name, linewidth=2.2)
+    axes.set(xlabel="training step", ylabel="learning rate", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name} starts at {r[0]:.2g}, peaks at {r.max():.2g}, ends at {r[-1]:.2g}"
+                     for name, r in chosen.items())  # fmt: skip
+    caption = "Learning rate at every step of a training run. Faint lines: the schedule at each meta-step."
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
+def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float], *, y: str, caption: str) -> Figure:
+    """What was reached by how much compute, with errors, on a logarithmic axis of compute.
+
+    Arguments:
+        curves: float[points, 3] by name, at most three: training runs, value, its standard error.
+        levels: values that took no search worth a curve, drawn as dashed lines; with the curves at most four.
+        y: name of the value.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        runs, values, errors = points.T
+        axes.errorbar(runs, values, errors, color=colour, label=name, linewidth=2, marker="o", markersize=4, capsize=3)
+    for (name, value), colour in zip(levels.items(), _COLOURS[len(curves) :], strict=False):
+        axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=name)
+    axes.set(xlabel="compute spent on the search, in training runs", ylabel=y)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name}: {points[-1, 1]:.3g} after {points[-1, 0]:.0f} runs" for name, points in curves.items())
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
+def _show(axes: Any, image: np.ndarray) -> None:
+    # Enlarged here: a browser would blur an 8 x 8 picture.
+    pixels = image.repeat(8, axis=0).repeat(8, axis=1)
+    axes.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_off()
 
 
 def _canvas(width: float, height: float) -> Canvas:

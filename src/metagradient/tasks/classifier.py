@@ -137,7 +137,7 @@ class Classifier:
 
     def logits(self, state: TrainState, images: jax.Array) -> jax.Array:
         """What a trained network says of images, `[n, classes]`, in evaluation mode."""
-        return self.model.apply(state.params, state.model_state, _normalised(images), train=False)[0]
+        return self.model.apply(state.params, state.model_state, normalised(images), train=False)[0]
 
     def mean_loss(self, images: Images) -> MeanOver:
         """The objective: a trained network's mean cross-entropy on images."""
@@ -148,15 +148,18 @@ class Classifier:
         ]
         return mean_over(batches, self._evaluate)
 
+    def scores(self, state: TrainState, images: np.ndarray) -> np.ndarray:
+        """Logits of many images, float32[n, classes], computed a chunk at a time."""
+        chunks = range(0, len(images), _CHUNK)
+        return np.concatenate([np.asarray(self._jitted_logits(state, images[i : i + _CHUNK])) for i in chunks])
+
     def accuracy(self, state: TrainState, images: Images) -> float:
         """Share of images that a trained network names rightly."""
-        chunks = range(0, len(images), _CHUNK)
-        named = [np.asarray(self._predict(state, images.images[i : i + _CHUNK])) for i in chunks]
-        return float(np.mean(np.concatenate(named) == images.labels))
+        return float(np.mean(self.scores(state, images.images).argmax(-1) == images.labels))
 
     @cached_property
-    def _predict(self) -> Callable[[TrainState, Any], jax.Array]:
-        return jax.jit(lambda state, images: self.logits(state, images).argmax(-1))
+    def _jitted_logits(self) -> Callable[[TrainState, Any], jax.Array]:
+        return jax.jit(self.logits)
 
     @cached_property
     def _evaluate(self) -> Callable[[TrainState, PyTree], jax.Array]:
@@ -170,7 +173,7 @@ class Classifier:
     def _loss(self) -> Callable[..., Any]:
         def loss(params: PyTree, model_state: PyTree, batch: PyTree, z: PyTree) -> tuple[jax.Array, PyTree]:
             x = batch["x"] + z["pixels"] if "pixels" in z else batch["x"]
-            logits, model_state = self.model.apply(params, model_state, _normalised(x), train=True)
+            logits, model_state = self.model.apply(params, model_state, normalised(x), train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
             return jnp.mean(z["weights"] * losses if "weights" in z else losses), model_state
 
@@ -203,5 +206,6 @@ def interpolated(knots: jax.Array, step: Any, steps: int) -> jax.Array:
     return jnp.interp(step / max(1, steps - 1), jnp.linspace(0, 1, knots.shape[0]), knots)
 
 
-def _normalised(images: jax.Array) -> jax.Array:
+def normalised(images: jax.Array) -> jax.Array:
+    """Pixels in [0, 1] as the network takes them."""
     return (images - 0.5) / 0.25

@@ -36,6 +36,13 @@ def _plan() -> Task:
     return Task(task.Pricing(), task.run)
 
 
+def _poison() -> Task:
+    from metagradient.tasks import poisoning as task
+    from metagradient.tasks.poisoning_report import page
+
+    return Task(task.Poison(), task.run, preset="tiny", page=page)
+
+
 def _report() -> Task:
     from metagradient.tasks import report as task
 
@@ -48,9 +55,18 @@ def _smoothness() -> Task:
     return Task(task.SmoothnessProbe(), task.run, preset="tiny", page=task.page)
 
 
+def _schedule() -> Task:
+    from metagradient.tasks import schedule as task
+    from metagradient.tasks.schedule_page import page
+
+    return Task(task.RateSchedule(), task.run, preset="tiny", page=page)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "demo": _demo,
     "plan": _plan,
+    "poison": _poison,
     "report": _report,
+    "schedule": _schedule,
     "smoothness": _smoothness,
 }

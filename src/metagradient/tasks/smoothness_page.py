@@ -101,7 +101,8 @@ def correlation(found: Sweep) -> tuple[float, int] | None:
     pairs = [(r["score"], o.gain) for o in found if (r := row_of(o, "examples")) and o.gain is not None]
     if len(pairs) < 3:
         return None
-    ranks: Any = stats.spearmanr(*zip(*pairs, strict=True))
+    smoothness, gains = zip(*pairs, strict=True)
+    ranks: Any = stats.spearmanr(smoothness, gains)
     return float(ranks.statistic), len(pairs)
 
 
