@@ -78,7 +78,7 @@ def parts(bench: Bench, runs: Path) -> dict[str, Callable[[], Sweep]]:
         patient = Bench(replace(bench.config, directions=5), bench.pool, bench.validation, bench.test)
         return given_rates(patient, recipes, runs / "close.jsonl", CLOSE_STEPS, 8)
 
-    rates = [{**knobs, "rate": rate} for knobs in ({}, ROUGH) for rate in CONFIG.rates]
+    rates = [{**knobs, "rate": rate} for knobs in ({}, ROUGH) for rate in CONFIG.rates[::2]]
     higher = Bench(replace(bench.config, rates=SCALED_RATES), bench.pool, bench.validation, bench.test)
     found: dict[str, Callable[[], Sweep]] = {
         "recipes": lambda: probe(bench, RECIPES, runs / "recipes.jsonl", tell),
