@@ -2,8 +2,8 @@
 
     python benchmarks/smoothness.py --data DIR [--runs runs/smoothness] [--out docs] [--part recipes]
 
-About 50 minutes on one core. What the files under --runs hold is not run again; --part (recipes, standard, rates,
-close) fills one of them and prints no document.
+About 50 minutes on one core. What the files under --runs hold is not run again; --part (recipes, standard, scaled,
+rates, close) fills one of them and prints no document.
 """
 
 import argparse
@@ -40,13 +40,14 @@ RECIPES: list[dict[str, Any]] = [
     {"pooling": "logsumexp"},
     {"norm_before_activation": False},
     {"activation": "relu"},
-    {"final_scale": 0.125},
     {"widths": [4, 8, 16]},
     {"batch": 125},
     {"batch": 500},
     {"widths": [16, 32, 64]},
 ]
 STANDARD: list[dict[str, Any]] = [ROUGH, *({k: v for k, v in ROUGH.items() if k != knob} for knob in ROUGH)]
+SCALED = {"final_scale": 0.125}
+SCALED_RATES = (0.6, 1.2, 2.4, 4.8)
 CLOSE_STEPS = (0.05, 0.1, 0.2)
 
 
@@ -77,10 +78,12 @@ def parts(bench: Bench, runs: Path) -> dict[str, Callable[[], Sweep]]:
         patient = Bench(replace(bench.config, directions=5), bench.pool, bench.validation, bench.test)
         return given_rates(patient, recipes, runs / "close.jsonl", CLOSE_STEPS, 8)
 
-    rates = [{**knobs, "rate": rate} for knobs in ({}, ROUGH) for rate in CONFIG.rates]
+    rates = [{**knobs, "rate": rate} for knobs in ({}, ROUGH) for rate in CONFIG.rates[::2]]
+    higher = Bench(replace(bench.config, rates=SCALED_RATES), bench.pool, bench.validation, bench.test)
     found: dict[str, Callable[[], Sweep]] = {
         "recipes": lambda: probe(bench, RECIPES, runs / "recipes.jsonl", tell),
         "standard": lambda: probe(bench, STANDARD, runs / "standard.jsonl", tell),
+        "scaled": lambda: probe(higher, [SCALED], runs / "scaled.jsonl", tell),
         "rates": lambda: given_rates(bench, rates, runs / "rates.jsonl", 0.1, 3),
         "close": close,
     }
@@ -115,7 +118,7 @@ def accuracy_difference(found: Sweep) -> str:
 
 
 def document(found: dict[str, Sweep]) -> list[str]:
-    together = Sweep([*found["recipes"], *found["standard"]])
+    together = Sweep([*found["recipes"], *found["scaled"], *found["standard"]])
     measured = correlation(together)
     assert measured is not None
     rates = [[f"{o.knobs['rate']:g}", *cells_of(o)] for o in found["rates"]]
@@ -136,8 +139,7 @@ def document(found: dict[str, Sweep]) -> list[str]:
         ),
         "## One knob at a time",
         "",
-        *table(HEADER, [cells_of(o) for o in found["recipes"]]),
-        *table(HEADER, [cells_of(o) for o in found["standard"]]),
+        *table(HEADER, [cells_of(o) for o in together]),
         f"Spearman correlation of smoothness along examples with what descent gains: **{measured[0]:.2f}** over "
         f"{measured[1]} recipes.",
         "",
@@ -163,12 +165,13 @@ CIFAR-10 (a JPEG copy) averaged to 16x16; {CONFIG.examples:,} training images, {
 {CONFIG.test:,} for test. A ResNet-9 of widths 8-16-32 (29,650 parameters), batch {CONFIG.recipe.batch},
 {CONFIG.recipe.steps} steps of SGD with Nesterov momentum {CONFIG.recipe.momentum}, one-cycle learning rate. *Smooth*:
 batch norm before GELU, average pooling. *Standard*: batch norm after ReLU, max pooling. **Learning rate**: of
-{", ".join(f"{r:g}" for r in CONFIG.rates)}, the lowest whose validation loss is no more than {CONFIG.slack} above the
-best, one training each; all else is measured at that rate. **Def. 2** (1 is smooth): at h = 0.1 on data weights of 1,
-along {CONFIG.directions} random tenths of the examples and {CONFIG.directions} whole classes, with 95 % bootstrap
-intervals over the directions (of three directions, no more than their range). **Noise**: the 97.5 % quantile of what
-Def. 2 reads where every sign is a fair coin, and the sizes of this run's movements are shuffled within each leaf; noise
-of the other kind, where the three trainings end in places that have nothing to do with each other, reads 0.
+{", ".join(f"{r:g}" for r in CONFIG.rates)} (logits divided by 8: {", ".join(f"{r:g}" for r in SCALED_RATES)}), the
+lowest whose validation loss is no more than {CONFIG.slack} above the best, one training each; all else is measured at
+that rate. **Def. 2** (1 is smooth): at h = 0.1 on data weights of 1, along {CONFIG.directions} random tenths of the
+examples and {CONFIG.directions} whole classes, with 95 % bootstrap intervals over the directions (of three directions,
+no more than their range). **Noise**: the 97.5 % quantile of what Def. 2 reads where every sign is a fair coin, and the
+sizes of this run's movements are shuffled within each leaf; noise of the other kind, where the three trainings end in
+places that have nothing to do with each other, reads 0.
 **Accuracy**: test, mean ± standard error over {CONFIG.accuracy_seeds} fresh seeds. **Gain**: by how much
 {CONFIG.gain_steps} meta-steps of poisoning ({CONFIG.gain_images} random images, sign steps of {CONFIG.gain_rate} on
 pixels, one seed throughout) raise the validation loss that they climb, beyond the mean over three moves of the same
@@ -182,7 +185,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/smoothness"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--part", choices=("recipes", "standard", "rates", "close"))
+    parser.add_argument("--part", choices=("recipes", "standard", "scaled", "rates", "close"))
     given = parser.parse_args()
     bench = load(replace(CONFIG, data=given.data))
     ways = parts(bench, given.runs)
@@ -193,7 +196,7 @@ def main() -> None:
     text = "\n".join(document(found))
     print(text)
     if given.out:
-        together = Sweep([*found["recipes"], *found["standard"]])
+        together = Sweep([*found["recipes"], *found["scaled"], *found["standard"]])
         cuts = cuts_of(bench, together)
         shown = {"trade-off": trade_off(together), "gains": gains(together), "landscapes": landscapes(cuts)}
         for name, figure in shown.items():
