@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+import metagradient.run
 from metagradient.cli import begun, main, parse
 from metagradient.descent import journal
 from metagradient.errors import ConfigError
+from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.report import Report, run
 
-DEMO = ["--examples", "300", "--held-out", "100", "--target", "100", "--steps", "12", "--batch", "100", "--meta-steps", "3", "--seeds", "1", "--width", "8"]
+SMALL = {"examples": 300, "held-out": 100, "target": 100, "batch": 100, "steps": 12, "meta-steps": 3, "seeds": 1}
+DEMO = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,15 @@ def test_a_run_is_resumed_only_as_it_was_begun(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_segment():
+    """Steps compiled in one way: what is measured can differ from run to run, and with it the last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metagradient.run, "choose", lambda *_: Segment(1, "steps", "state"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, one_segment: None) -> Path:
     out = tmp_path_factory.mktemp("runs") / "demo"
     assert main(["demo", "--out", str(out), *DEMO]) == 0
     return out
@@ -83,9 +94,10 @@ def test_a_run_that_was_killed_is_resumed_to_the_same_figures(
         append(path, text)
 
     out = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(journal, "append_text", killed)
-        main(["demo", "--out", str(out), *DEMO])
+        with pytest.raises(Killed):
+            main(["demo", "--out", str(out), *DEMO])
     assert not (out / "result.json").exists()
 
     assert main(["report", str(out)]) == 0
@@ -150,6 +162,7 @@ def test_several_runs_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["report"], "needs run directories"),
         (["report", "nowhere"], "nowhere is no run directory"),
         (["report", "somewhere", "--out", "x.html"], "several runs"),
+        (["report", "one", "two", "--out", "nowhere/x.html"], "no such directory"),
         (["demo", "--resume", "nowhere"], "nowhere is no run directory"),
         (["demo", "--resume", "nowhere", "--seed", "1"], "leave out --seed 1"),
     ],

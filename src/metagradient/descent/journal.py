@@ -16,6 +16,7 @@ from typing import Any
 from zlib import crc32
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -179,11 +180,10 @@ def described(tree: PyTree) -> dict[str, str]:
     """What each leaf of a tree is, in words, by path: kind, dtype, shape, and the examples that it covers."""
 
     def words(kind: Any) -> str:
-        name = type(kind).__name__ + " " if is_kind(kind) else ""
-        (leaf,) = jax.tree.leaves(kind)
+        arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(kind)]
         rows = kind.rows if isinstance(kind, PerExample) else None
-        covers = "" if rows is None else f" of rows with checksum {crc32(rows.tobytes())}"
-        return f"{name}{leaf.dtype}{list(leaf.shape)}{covers}"
+        covers = [] if rows is None else [f"of rows with checksum {crc32(rows.tobytes())}"]
+        return " ".join([*([type(kind).__name__] if is_kind(kind) else []), *arrays, *covers])
 
     leaves = jax.tree.flatten_with_path(tree, is_leaf=is_kind)[0]
     return {jax.tree_util.keystr(path): words(kind) for path, kind in leaves}
@@ -217,7 +217,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     """A stored leaf, of the kind that `like` is, where that is."""
-    leaf = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if is_key(like) else array
+    leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like)) if is_key(like) else array
     return jax.device_put(leaf, like.sharding if like.committed else None)
 
 

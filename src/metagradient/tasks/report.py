@@ -36,6 +36,8 @@ def run(config: Report) -> list[Path]:
         raise ConfigError("metagradient report needs run directories: metagradient report runs/demo")
     if config.out and len(config.runs) == 1:
         raise ConfigError("--out is the file of a comparison: name several runs")
+    if config.out and not config.out.parent.is_dir():
+        raise ConfigError(f"--out {config.out}: there is no such directory")
     directories = [RunDirectory.read(path) for path in config.runs]
     pages = {directory / "report.html": page(directory) for directory in directories}
     if len(directories) > 1:
