@@ -29,7 +29,7 @@ def decay(state: jax.Array, batch: dict, z: dict) -> jax.Array:
 
 def training(seed: int = 0) -> mg.Training:
     start = 1 + np.random.default_rng(seed).random(3, np.float32)
-    return mg.Training(jnp.asarray(start), decay, [{}] * 4)
+    return mg.Training(jnp.asarray(start), decay, [{"step": np.int32(t)} for t in range(4)])
 
 
 def objective(state: jax.Array, z: dict) -> jax.Array:
@@ -47,7 +47,7 @@ def descent(out: Path, **changes: Any) -> mg.Descent:
         "steps": STEPS,
         "seeds": 2,
         "project": mg.updates.box(0.0, 0.9),
-        "held_out": lambda s, z: (z["rate"][1] - 0.3) ** 2 + 0 * s.sum(),
+        "held_out": lambda s, z: (z["rate"].value[1] - 0.3) ** 2 + 0 * s.sum(),
         "segment": mg.Segment(1, "steps", "state"),
         "out": out,
     }

@@ -16,6 +16,7 @@ from typing import Any
 from zlib import crc32
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -216,7 +217,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
     """A stored leaf, of the kind that `like` is, where that is."""
-    leaf = jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if is_key(like) else array
+    leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(like)) if is_key(like) else array
     return jax.device_put(leaf, like.sharding if like.committed else None)
 
 

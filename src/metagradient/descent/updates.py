@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from optax import projections
 
 from metagradient.errors import ConfigError, StructureError
@@ -247,7 +248,7 @@ def _of_counts() -> optax.GradientTransformation:
 
     def init(params: PyTree) -> optax.OptState:
         for path, leaf in paths(params):
-            if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.all((leaf >= 0) & (leaf == jnp.round(leaf)))):
+            if not isinstance(leaf, Tracer) and not bool(jnp.all((leaf >= 0) & (leaf == jnp.round(leaf)))):
                 raise StructureError(f"z{path} must hold counts: whole numbers from 0, in a floating array")
         return optax.EmptyState()
 

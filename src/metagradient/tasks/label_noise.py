@@ -1,5 +1,6 @@
 """Find mislabelled training examples, and train better in spite of them: the library's main job in small."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from metagradient.descent import updates
 from metagradient.descent.loop import Descent, descend
 from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
+from metagradient.files import write_text
 from metagradient.metaparameters import PerExample
 from metagradient.models import MLP, ResNet9
 from metagradient.report.figures import least_trusted, lines, weights_by_group
@@ -176,7 +178,7 @@ def run(config: LabelNoise, *, resume: bool = False) -> dict[str, float]:
         lowest_images=pool.images[lowest],
         classes=np.array(pool.classes),
     )
-    np.savez(directory / "accuracies.npz", **accuracies)
+    write_text(directory / "accuracies.json", json.dumps({name: a.tolist() for name, a in accuracies.items()}) + "\n")
     directory.result(result)
     write(page(directory), directory / "report.html")
     _print(directory)
@@ -262,7 +264,8 @@ _NAMES = {
 
 
 def _rows(directory: RunDirectory) -> list[tuple[str, str]]:
-    accuracies = _arrays(directory / "accuracies.npz")
+    stored = json.loads((directory / "accuracies.json").read_text())
+    accuracies = {name: np.array(values) for name, values in stored.items()}
     # The error of a mean over seeds.
     spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
     return [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
@@ -284,7 +287,8 @@ def _print(directory: RunDirectory) -> None:
 def page(directory: RunDirectory) -> Page:
     """The report of a finished run, of its files alone."""
     config, result, records = directory.config, _figures(directory), directory.records
-    learnt = _arrays(directory / "weights.npz")
+    with np.load(directory / "weights.npz") as stored:
+        learnt = dict(stored)
     weights, given, true, lowest = (learnt[name] for name in ("weights", "given", "true", "lowest"))
     images = "images of CIFAR-10 with human labels" if "data" in config else "handwritten digits"
     losses = {"clean target": [r["value"] for r in records], "held out": [r["held_out"] for r in records]}
@@ -336,11 +340,6 @@ def page(directory: RunDirectory) -> Page:
             (f"{result['training_runs']:.0f}", "training runs' worth of compute"),
         ],
     )
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as stored:
-        return dict(stored)
 
 
 def _figures(directory: RunDirectory) -> dict[str, float]:
