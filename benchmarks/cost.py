@@ -92,7 +92,7 @@ def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int
     batches = EpochBatches({"x": images[:1200], "y": labels[:1200]}, batch=batch, steps=steps, seed=0)
     init = model.init(jax.random.key(0))
     training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
-    target = {"x": images[1200:1456], "y": labels[1200:1456]}
+    target = {"x": images[1200 : 1200 + batch], "y": labels[1200 : 1200 + batch]}
     return Problem(
         name,
         training,
@@ -102,35 +102,40 @@ def classifier(name: str, model: Any, images: np.ndarray, steps: int, batch: int
     )
 
 
-def mlp(steps: int = 512, length: int = 16) -> Problem:
-    return classifier("MLP", MLP(sizes=(64, 128, 10)), digits()[0], steps, 256, mg.Segment(length))
+def mlp(steps: int = 512, length: int = 32, hidden: int = 128) -> Problem:
+    return classifier("MLP", MLP(sizes=(64, hidden, 10)), digits()[0], steps, 256, mg.Segment(length))
 
 
-def resnet9() -> Problem:
+def resnet9(steps: int = 48) -> Problem:
     images = digits()[0].reshape(-1, 8, 8, 1).repeat(2, 1).repeat(2, 2)
     model = ResNet9.smooth(widths=(16, 32, 64), channels=1)
-    return classifier("ResNet-9", model, images, 24, 64, mg.Segment(1, "steps", "state"))
+    return classifier("ResNet-9", model, images, steps, 64, mg.Segment(1, "steps", "state"))
 
 
-def decoder(corpus: Path) -> Problem:
-    """A character-level language model of four layers."""
+def decoder(corpus: Path, steps: int = 16) -> Problem:
+    """A language model of four layers; its tokens are the most frequent pairs of characters."""
     text = np.frombuffer(corpus.read_bytes(), np.uint8).astype(np.int32)
-    length, windows = 64, 2000
-    rows = np.stack([text[i * length : (i + 1) * length + 1] for i in range(windows)])
+    pairs, ids, counts = np.unique(text[0 : len(text) // 2 * 2 : 2] * 256 + text[1::2][: len(text) // 2],
+                                   return_inverse=True, return_counts=True)  # fmt: skip
+    rank = np.empty(len(pairs), np.int32)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(len(pairs))
+    vocabulary, length, windows = 4096, 128, 1000
+    tokens = np.minimum(rank[ids], vocabulary - 1)
+    rows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(windows)])
     model = Decoder(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4,
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, attention_chunk=length, loss_chunk=8 * length, rematerialise=False,
     )  # fmt: skip
     optimizer = optax.adamw(1e-3, eps_root=1e-8)
 
     def losses(params: Any, state: Any, data: Any) -> tuple[jax.Array, Any]:
         return model.token_losses(params, data["tokens"][:, :-1], data["tokens"][:, 1:]).mean(-1), state
 
-    batches = EpochBatches({"tokens": rows[:1500]}, batch=8, steps=24, seed=0)
+    batches = EpochBatches({"tokens": rows[:900]}, batch=8, steps=steps, seed=0)
     init = model.init(jax.random.key(0))
     training = mg.Training.from_loss(weighted(losses), optimizer, init, batches, has_model_state=True)
-    target = {"tokens": rows[1500:1532]}
-    z = {"weights": mg.PerExample(jnp.ones(1500))}
+    target = {"tokens": rows[900:908]}
+    z = {"weights": mg.PerExample(jnp.ones(900))}
     return Problem(
         "decoder", training, lambda s, z: losses(s.params, s.model_state, target)[0].mean(), z,
         mg.Segment(1, "steps", "gradient"),

@@ -1,5 +1,6 @@
 """What the shipped models promise: counts, dtypes, causality, batch-norm statistics, usable second derivatives."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -41,6 +42,7 @@ DECODERS = {
         tie_word_embeddings=False,
     ),
 }
+DECODERS["written out"] = replace(DECODERS["tied"], rematerialise=False)
 MODELS = {"mlp": MLP(sizes=(64, 5, 10), activation="relu")} | RESNETS | DECODERS
 
 

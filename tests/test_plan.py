@@ -455,6 +455,14 @@ def test_dispatch_makes_segments_longer():
     assert plan(quick, 2000, memory, lengths=[6, 2]).length in (2, 6)
 
 
+def test_the_host_is_hidden_behind_segments_that_take_as_long():
+    """A walk over 4 steps is prepared while the device takes 4 seconds; over 1 step, it waits for the rest of 3."""
+    costs = given_costs(compiled=True, leaves={"state": Leaf(10, 1.0, 2.4)}, host_seconds=2.0, read_seconds=0.5)
+    assert [costs.a_walk("state", length) for length in (1, 2, 4, 8)] == [1.5, 1.0, 0.0, 0.0]
+    assert replace(costs, dispatch_seconds=1.0).a_walk("state", 1) == 1.5
+    assert plan(costs, 2000, Memory(device=1000)).length >= 4
+
+
 @pytest.mark.parametrize("host", [None, 10])
 @pytest.mark.parametrize("steps", [1, 2, 1000])
 @pytest.mark.parametrize("transfer", [0, 20])

@@ -1,6 +1,6 @@
 """Exact gradients through whole training runs, in bounded memory, on JAX."""
 
-from metagradient import errors, schedule, updates
+from metagradient import errors, schedule, smoothness, updates
 from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
 from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep, Shared
@@ -9,6 +9,7 @@ from metagradient.planning import plan
 from metagradient.replay.budget import Memory
 from metagradient.replay.plan import Plan
 from metagradient.run import train, train_many
+from metagradient.smoothness import Smoothness, metasmoothness
 from metagradient.step.segment import Segment
 from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Segment",
     "Shared",
+    "Smoothness",
     "Stats",
     "TrainState",
     "Training",
@@ -34,8 +36,10 @@ __all__ = [
     "errors",
     "fresh_seed",
     "mean_over",
+    "metasmoothness",
     "plan",
     "schedule",
+    "smoothness",
     "train",
     "train_many",
     "updates",

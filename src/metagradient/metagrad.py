@@ -16,7 +16,7 @@ from metagradient.progress import Progress
 from metagradient.replay.budget import Memory
 from metagradient.replay.execute import Traversal
 from metagradient.replay.fingerprint import NotFinite, Watch
-from metagradient.replay.plan import Plan, affordable
+from metagradient.replay.plan import Plan, affordable, free_host_bytes
 from metagradient.replay.schedule import Schedule, simulate
 from metagradient.replay.store import Stores
 from metagradient.run import Run, full_precision
@@ -25,6 +25,8 @@ from metagradient.step.rule import Cotangent
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
+
+_SHARE_FOR_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,20 @@ class Metagradient:
 
     def _traverse(self, run: Run, z: PyTree, *, first: bool = False, careful: bool = False) -> Evaluation:
         segment, schedule = self._chosen[0]
-        runner = run.runner(segment, queries=self.vector)
+        # A budget is kept to; without one, batches may take a share of what the host has free.
+        hold_bytes = 0 if isinstance(schedule, Plan) else free_host_bytes() // _SHARE_FOR_BATCHES
+        runner = run.runner(segment, queries=self.vector, hold_bytes=hold_bytes)
         schedule = schedule or affordable(len(runner), segment, nbytes(run.state))
         folder = schedule.memory.path if isinstance(schedule, Plan) else None
         final: list[PyTree] = []
 
         def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
             final.append(state)
-            if first:
-                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step.
+            if first or self.verify:
+                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step. The
+                # device is still busy with the run.
                 run.contract.still_holds()
+            traversal.watch.settle()
             value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
             if not bool(jnp.isfinite(value).all()):
                 raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
@@ -152,7 +158,8 @@ class Metagradient:
             cost = simulate(schedule, len(runner))
             progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
             progress.expect("adjoint", len(runner) * segment.length)
-            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, careful)
+            replays = cost.advances > 0
+            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, replays, careful)
             if self.verify:
                 traversal.rehearse(run.state)
             state = traversal.first_run(run.state)
@@ -197,8 +204,8 @@ def value_and_metagrad(
             initial state.
         vector: the objective returns a vector `[q]`; then every leaf of the gradient gains a leading axis q, and one
             traversal serves all queries.
-        verify: "boundaries" compares the fingerprint of every replayed state and batch with the first run's, runs
-            the first segment twice, and traces the step anew; "off" trusts the run.
+        verify: "boundaries" compares the fingerprint of every replayed state, and of every batch that is read again,
+            with the first run's, runs the first segment twice, and traces the step anew; "off" trusts the run.
         progress: show a progress bar.
 
     Returns: a function `z -> (value, gradient)`, with the gradient in the structure and types of z. Its `with_stats`
@@ -209,7 +216,8 @@ def value_and_metagrad(
         `ReplayMismatch` (a replay differs from the first run), `NonFiniteError` (with step and leaf).
 
     Cost: T steps and T adjoints (about two to three plain steps each), and the schedule's replays: none for `KeepAll`,
-        one run for `TwoLevel`, about log_k T for `KaryTree(k)`.
+        one run for `TwoLevel`, about log_k T for `KaryTree(k)`. Without `memory=`, batches that were read are held in
+        host memory, up to a sixteenth of what is free, so that replays needn't read them again.
 
     Source: Engstrom et al. 2025, "Optimizing ML Training with Metagradient Descent", arXiv 2503.13751.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +87,16 @@ def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory)
     leaves: dict[LeafKind, Leaf] = {kind: _leaf(run, replace(segment, keep=kind)) for kind in kinds}
     slower: list[Tier] = [tier for tier in TIERS[1:] if getattr(memory, tier)]
     transfers: dict[Tier, tuple[float, float]] = {tier: _transfer(run, tier, memory) for tier in slower}
+    checking, starting, reading = _walk(run, segment)
     return Costs(
         nbytes(run.state),
         min(leaf.step_seconds for leaf in leaves.values()),
         leaves,
         {tier: save for tier, (save, _) in transfers.items()},
         {tier: restore for tier, (_, restore) in transfers.items()},
-        dispatch_seconds=_walk_seconds(run, segment),
+        dispatch_seconds=checking,
+        host_seconds=starting,
+        read_seconds=reading,
         compiled=segment.loop != "steps",
     )
 
@@ -130,22 +134,32 @@ def _transfer(run: Run, tier: Tier, memory: Memory) -> tuple[float, float]:
     return median(saves), median(restores)
 
 
-def _walk_seconds(run: Run, segment: Segment) -> float:
-    """Seconds that a walk over a segment adds to its steps: reading its batches, and fingerprints."""
+def _walk(run: Run, segment: Segment) -> tuple[float, float, float]:
+    """What a walk adds to its steps: fingerprints on the device; its start, and reading a batch, on the host."""
     runner: Runner = run.runner(segment)
+    steps = len(runner.steps(0))
 
-    def walk() -> None:
+    def read() -> None:
         runner.forget()
+        runner.batches(0)
+
+    def check() -> None:
         jax.block_until_ready((fingerprint(runner.batches(0)), fingerprint(run.state)))
 
-    return _seconds(walk)
+    def prepare() -> Any:
+        return runner.advance(0, run.state), fingerprint(runner.batches(0)), fingerprint(run.state)
+
+    reading, checking = _seconds(read), _seconds(check)
+    return checking, _seconds(prepare), reading / steps
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    work()
+def _seconds(work: Callable[[], Any]) -> float:
+    """Until `work` returns: what it started on the device is waited for beside the clock."""
+    jax.block_until_ready(work())
     times = []
     for _ in range(_REPEATS):
         start = perf_counter()
-        work()
+        started = work()
         times.append(perf_counter() - start)
+        jax.block_until_ready(started)
     return median(times)

@@ -51,7 +51,8 @@ class Run:
         Arguments:
             z: canonical metaparameters.
             window: as in `value_and_metagrad`.
-            first: whether this training was not checked before.
+            first: whether this training was not checked before. Where it was, its step is left to be traced beside the
+                device's work, by `contract.still_holds`.
         """
         steps = len(training.batches)
         kinds = wrapped(z)
@@ -66,15 +67,17 @@ class Run:
                 "init gave another state the second time: it draws on something outside z. Make keys of a fixed seed"
             )
         contract = Contract(training.rule, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
+        if first:
+            contract.check()
         return cls(training, feed, state, contract, 0 if window is None else steps - window)
 
     def chosen(self, segment: Segment | int | None) -> Segment:
         """How to compile its steps, measured where `segment` leaves it open."""
         return choose(self.training.rule, segment, self.feed, self.feed.z, self.state, self.begin)
 
-    def runner(self, segment: Segment, *, queries: bool = False) -> Runner:
+    def runner(self, segment: Segment, *, queries: bool = False, hold_bytes: int = 0) -> Runner:
         """A walker at the start of the run."""
-        return Runner(self.training.rule, segment, self.feed, self.feed.z, queries, self.begin)
+        return Runner(self.training.rule, segment, self.feed, self.feed.z, queries, self.begin, hold_bytes)
 
 
 def train(training: Training, z: PyTree, *, segment: Segment | int | None = None, progress: bool = False) -> PyTree:
@@ -135,11 +138,24 @@ def train_many(training: Training, zs: Sequence[PyTree], *, at_once: int | None 
     for number, z in enumerate(zs):
         if problem := mismatch(zs[0], z):
             raise StructureError(f"zs[{number}] is not like zs[0]: {problem}")
+    at_once = at_once or fastest_company(training, zs)
     with full_precision(training.allow_low_precision):
-        runs = [Run.prepared(training, z, first=number == 0) for number, z in enumerate(zs)]
-        size = at_once or min((1, len(runs)), key=lambda size: _seconds(runs[:size]) / size)
-        groups = [runs[i : i + size] for i in range(0, len(runs), size)]
-        return [state for group in groups for state in _together(group, len(runs[0].feed))]
+        groups = [zs[i : i + at_once] for i in range(0, len(zs), at_once)]
+        prepared = ([Run.prepared(training, z, first=z is zs[0]) for z in group] for group in groups)
+        return [state for runs in prepared for state in _together(runs, len(training.batches))]
+
+
+def fastest_company(training: Training, zs: Sequence[PyTree]) -> int:
+    """How many of these trainings to run in one vmapped program: one or all, whichever makes the first steps faster.
+
+    Arguments:
+        training, zs: as in `train_many`.
+
+    Cost: three steps of one training and of all of them together, and their compilation.
+    """
+    with full_precision(training.allow_low_precision):
+        runs = [Run.prepared(training, canonical(z), first=number == 0) for number, z in enumerate(zs)]
+        return min((1, len(runs)), key=lambda size: _seconds(runs[:size]) / size)
 
 
 def _seconds(runs: list[Run]) -> float:

@@ -19,9 +19,9 @@ class Decoder:
 
     Fields have the names and meanings of a Hugging Face Llama `config.json`, and parameters those of its tensors, so
     SmolLM2 and Llama weights load by name; the default is SmolLM2-135M, 134,515,008 parameters. Every layer's tensors
-    are stacked in a leading axis: a `lax.scan` runs the layers, each under `jax.checkpoint`, so a gradient or its
-    adjoint keeps one `[batch, length, hidden_size]` a layer. (Unrolled layers gain nothing from a checkpoint on a CPU:
-    the compiler merges the recomputation away.)
+    are stacked in a leading axis. By default a `lax.scan` runs the layers, each under `jax.checkpoint`, so a gradient
+    or its adjoint keeps one `[batch, length, hidden_size]` a layer. (Unrolled layers gain nothing from a checkpoint on
+    a CPU: the compiler merges the recomputation away.)
 
     Arguments:
         vocab_size: rows of the embedding.
@@ -36,6 +36,8 @@ class Decoder:
         tie_word_embeddings: unembed with the embedding matrix.
         attention_chunk: queries whose scores are alive at once.
         loss_chunk: tokens whose logits are alive at once.
+        rematerialise: compute a layer's activations again when they are differentiated. False writes the layers out and
+            keeps them: faster where they fit, and then a step can keep its linearisation too.
     """
 
     vocab_size: int = 49152
@@ -50,6 +52,7 @@ class Decoder:
     tie_word_embeddings: bool = True
     attention_chunk: int = 64
     loss_chunk: int = 64
+    rematerialise: bool = True
 
     def init(self, key: Array, dtype: DTypeLike = jnp.float32) -> tuple[dict, dict]:
         """Draw parameters, named and oriented as Hugging Face's: `weight [out, in]`; and an empty model state.
@@ -116,12 +119,16 @@ class Decoder:
         x = params["embed_tokens"]["weight"][tokens]
         rotation = self._rotation(tokens.shape[1], x.dtype)
 
-        @jax.checkpoint
         def layer(x: Array, weights: dict) -> tuple[Array, None]:
             x = x + self._attention(weights["self_attn"], self._norm(weights["input_layernorm"], x), rotation)
             return x + _feed_forward(weights["mlp"], self._norm(weights["post_attention_layernorm"], x)), None
 
-        return self._norm(params["norm"], lax.scan(layer, x, params["layers"])[0])
+        if self.rematerialise:
+            x = lax.scan(jax.checkpoint(layer), x, params["layers"])[0]
+        else:
+            for weights in _unstacked(params["layers"]):
+                x = layer(x, weights)[0]
+        return self._norm(params["norm"], x)
 
     @property
     def _head_size(self) -> int:
@@ -146,6 +153,13 @@ class Decoder:
         exponents = jnp.arange(0, self._head_size, 2, dtype=dtype) / self._head_size
         angles = jnp.arange(length, dtype=dtype)[:, None, None] * self.rope_theta**-exponents
         return jnp.cos(angles), jnp.sin(angles)
+
+
+def _unstacked(layers: dict) -> list[dict]:
+    # A split's cotangent is one concatenation, where that of indexing is a sum of padded stacks.
+    leaves, treedef = jax.tree.flatten(layers)
+    parts = [[x[0] for x in lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts, strict=True)]
 
 
 def _linear(weights: dict, x: Array) -> Array:

@@ -133,7 +133,10 @@ class Costs:
         working_bytes: on the device beside stored and kept states: states at work, cotangents, temporary arrays. None
             takes three states (a step's two, and a cotangent).
         transfer_bytes: on the device for saves under way to slower tiers, where these are used. None takes two states.
-        dispatch_seconds: what each walk over a segment adds, whatever its length (dispatch, fingerprint).
+        dispatch_seconds: what each walk over a segment adds, whatever its length (fingerprints, a program's start).
+        host_seconds: what the host takes to prepare a walk, whatever its length: hidden behind the device's work on the
+            walk before where that takes as long.
+        read_seconds: what the host takes to read the batch of one step: hidden likewise.
         compiled: whether a segment of several steps is one program. Single steps driven from Python needn't take the
             last step of what is kept as "state" unless its end is asked for.
 
@@ -151,11 +154,13 @@ class Costs:
     working_bytes: int | None = None
     transfer_bytes: int | None = None
     dispatch_seconds: float = 0.0
+    host_seconds: float = 0.0
+    read_seconds: float = 0.0
     compiled: bool = False
 
     def __post_init__(self) -> None:
         _require_positive("state_bytes", self.state_bytes)
-        for name in ("advance_seconds", "dispatch_seconds"):
+        for name in ("advance_seconds", "dispatch_seconds", "host_seconds", "read_seconds"):
             _require_figure(name, getattr(self, name))
         for name in ("working_bytes", "transfer_bytes"):
             _require_figure(name, getattr(self, name) or 0)
@@ -247,6 +252,11 @@ class Costs:
         """Seconds of a step of which nothing is kept."""
         own = self.leaves[kind].advance_seconds
         return self.advance_seconds if own is None else own
+
+    def a_walk(self, kind: LeafKind, length: int) -> float:
+        """Seconds that a walk over a segment adds to its steps, those included that the device waits for the host."""
+        device = self.dispatch_seconds + length * self.a_step(kind)
+        return self.dispatch_seconds + max(0.0, self.host_seconds + length * self.read_seconds - device)
 
 
 def _transfers(state: int, host_bandwidth: float | str | None, disk_bandwidth: float | str | None) -> dict[Tier, float]:

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -20,7 +20,11 @@ from metagradient.trees import PyTree, floating_paths, nbytes, paths
 _LOOK_AHEAD = 8
 
 Begin: TypeAlias = Callable[[PyTree], tuple[jax.Array, Cotangent, PyTree]]
-"""`final state -> (value, cotangent of the state, cotangents of z so far)`."""
+"""`final state -> (value, cotangent of the state, cotangents of z so far)`.
+
+It settles the watch before the objective: what that makes of a state that is not finite would hide the step that made
+it.
+"""
 
 Ticker: TypeAlias = Callable[[str, int], None]
 """Told of every segment walked: which way, and how many steps."""
@@ -36,6 +40,7 @@ class Traversal:
         watch: compares replays with the first run.
         ticker: progress.
         stores: where boundary states go.
+        replays: whether any segment is walked twice, so that its batches are read again.
         careful: look for non-finite values after every segment, and say where they first appeared.
     """
 
@@ -44,9 +49,11 @@ class Traversal:
     watch: Watch
     ticker: Ticker
     stores: Stores
+    replays: bool = True
     careful: bool = False
     peak_kept_bytes: int = 0
     _kept_bytes: int = 0
+    _sizes: dict[int, int] = field(default_factory=dict)
 
     def rehearse(self, state: PyTree) -> None:
         """Walk the first segment once more than needed, so that the run proper is compared with it.
@@ -55,6 +62,7 @@ class Traversal:
         its arguments.
         """
         first = -self.runner.before
+        self._read(first)
         self.watch.state(self.runner.steps(first).stop, self.runner.advance(first, state))
         self.runner.forget()
 
@@ -87,24 +95,21 @@ class Traversal:
                     working = _constant(working())
                     self.stores.save(at, working(), tier)
                 case Restore(at):
-                    self.runner.forget()
                     working = _constant(self.stores.restore(at))
                 case Drop(at):
                     self.stores.drop(at)
                 case Keep(segment):
                     kept[segment], working = self._keep(segment, working())
-                    self._kept_bytes += nbytes(kept[segment])
+                    self._kept_bytes += self._size(kept[segment], segment)
                     self.peak_kept_bytes = max(self.peak_kept_bytes, self._kept_bytes)
                 case PullBack(segment):
                     if result is None:
                         state = working()
-                        # What the objective makes of a state that is not finite would hide the step that made it.
-                        self.watch.settle()
                         value, cotangent, total = self.begin(state)
                         result = value, cotangent, total
                         working = _nothing
                     value, cotangent, total = result
-                    self._kept_bytes -= nbytes(kept[segment])
+                    self._kept_bytes -= self._size(kept[segment], segment)
                     cotangent, total = self._pull(segment, kept.pop(segment), cotangent, total)
                     result = value, cotangent, total
         assert result is not None
@@ -134,7 +139,7 @@ class Traversal:
 
         def end() -> PyTree:
             reached = finish()
-            self._arrived(i, state, reached)
+            self._arrived(i, state, reached, wait=False)
             return reached
 
         return kept, end
@@ -151,16 +156,26 @@ class Traversal:
         return cotangent, total
 
     def _read(self, i: int) -> None:
-        start = self.runner.steps(i).start
         if not self.runner.holds(i):
-            self.watch.batches(start, self.runner.batches(i))
+            batches = self.runner.batches(i)
+            # The first and the last segment always, so that every schedule compiles the same programs.
+            reread = self.replays and self.runner.rereads(i)
+            if reread or i in (-self.runner.before, len(self.runner) - 1):
+                self.watch.batches(self.runner.steps(i).start, batches)
 
-    def _arrived(self, i: int, start: PyTree, end: PyTree) -> None:
+    def _size(self, kept: Kept, i: int) -> int:
+        """Bytes of a kept segment: the same for all of one length."""
+        steps = len(self.runner.steps(i))
+        if steps not in self._sizes:
+            self._sizes[steps] = nbytes(kept)
+        return self._sizes[steps]
+
+    def _arrived(self, i: int, start: PyTree, end: PyTree, *, wait: bool = True) -> None:
         steps = self.runner.steps(i)
         self.ticker("forward", len(steps))
         if self.careful and _bad(end):
             raise NonFiniteError(locate_in_segment(self.runner, i, start))
-        self.watch.state(steps.stop, end)
+        self.watch.state(steps.stop, end, wait=wait)
 
 
 def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:

@@ -73,14 +73,21 @@ class Watch:
         self._first: dict[tuple[str, int], jax.Array] = {}
         self._pending: deque[tuple[Any, ...]] = deque()
 
-    def state(self, step: int, state: PyTree) -> None:
-        """The state before `step` was reached, for the first time or again."""
+    def state(self, step: int, state: PyTree, *, wait: bool = True) -> None:
+        """The state before `step` was reached, for the first time or again.
+
+        Arguments:
+            wait: let the device run only a few states ahead; not needed where they are all kept.
+        """
         self._see("state", step, state)
+        if wait:
+            self._settle(_PENDING)
 
     def batches(self, step: int, batches: PyTree) -> None:
         """The batches of a segment that starts at `step` were read."""
         if self.on:
             self._see("batch", step, batches)
+            self._settle(_PENDING)
 
     def cotangent(self, step: int, finite: jax.Array) -> None:
         """The cotangent of the state before `step` was found."""
@@ -94,16 +101,16 @@ class Watch:
     def _see(self, what: str, step: int, tree: PyTree) -> None:
         found, finite = fingerprint(tree)
         expected = self._first.setdefault((what, step), found) if self.on else found
-        names = tree if expected is not found else None
-        self._pending.append((what, step, names, expected, found, finite))
-        self._settle(_PENDING)
+        # The structure alone, for names: the state itself must not be held back.
+        structure = jax.tree.structure(tree) if expected is not found else None
+        self._pending.append((what, step, structure, expected, found, finite))
 
     def _settle(self, most: int) -> None:
         while len(self._pending) > most:
-            what, step, names, expected, found, finite = self._pending.popleft()
-            if names is not None and not np.array_equal(expected, found):
+            what, step, structure, expected, found, finite = self._pending.popleft()
+            if structure is not None and not np.array_equal(expected, found):
                 which = np.flatnonzero(np.any(np.asarray(expected) != np.asarray(found), axis=1))
-                leaf = paths(names)[which[0]][0]
+                leaf = paths(jax.tree.unflatten(structure, range(structure.num_leaves)))[which[0]][0]
                 raise ReplayMismatch(_explain(what, step, leaf))
             if what != "batch" and not np.all(finite):
                 raise NotFinite

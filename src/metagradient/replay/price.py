@@ -110,6 +110,6 @@ def walked(
         + (steps - elided) * leaf.step_seconds
         + steps * leaf.adjoint_seconds
         + transfers
-        + (advances + 2 * (last + 1)) * costs.dispatch_seconds
+        + (advances + 2 * (last + 1)) * costs.a_walk(keep, length)
     )
     return Estimate(name, keep, length, advances * length + steps - elided, steps, most, used, seconds)

@@ -97,7 +97,9 @@ class Search:
     def _candidates(self, way: Way, effort: _Effort) -> Iterator[Candidate]:
         leaf = self.costs.leaves[way.keep]
         segments = -(-self.steps // way.length)
-        always = self.steps * (leaf.step_seconds + leaf.adjoint_seconds) + 2 * segments * self.costs.dispatch_seconds
+        always = self.steps * (leaf.step_seconds + leaf.adjoint_seconds) + 2 * segments * self.costs.a_walk(
+            way.keep, way.length
+        )
         for problem in self._problems(way, effort):
             # The last leaf's end is always asked for.
             total = always + problem.elided_seconds + seconds(problem)
@@ -111,7 +113,7 @@ class Search:
         room, kept = costs.room(self.device, transfers=bool(way.levels)), way.length * leaf.bytes
         if room < kept:
             return
-        advance = way.length * costs.a_step(way.keep) + costs.dispatch_seconds
+        advance = way.length * costs.a_step(way.keep) + costs.a_walk(way.keep, way.length)
         elided = leaf.step_seconds if costs.elides(way.keep, way.length) else 0.0
         whole = Problem(segments, advance, elided, room, costs.state_bytes, kept)
         if room >= segments * kept:

@@ -1,7 +1,7 @@
 """Figures of a report: SVG that follows the reader's light or dark scheme, with a caption and a text alternative."""
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle
@@ -60,6 +60,52 @@ def weights_by_group(weights: np.ndarray, flipped: np.ndarray) -> Figure:
         "Weights after the descent. It was never told which labels are flipped.",
         f"Two histograms of training examples by weight: {means}.",
     )
+
+
+def scatter(
+    points: Sequence[tuple[str, float, float]], *, stressed: Collection[str], x: str, y: str, caption: str
+) -> Figure:
+    """Named points.
+
+    Arguments:
+        points: (name, x, y).
+        stressed: names to stress.
+        x, y: names of the axes.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 4.6)
+    for number, (name, across, up) in enumerate(points, 1):
+        axes.plot(across, up, "o", color=_COLOURS[1] if name in stressed else _COLOURS[0], markersize=6)
+        axes.annotate(str(number), (across, up), (4, 4), textcoords="offset points", fontsize=8, color=_INK)
+    axes.set(xlabel=x, ylabel=y)
+    key = "; ".join(f"{number} {name}" for number, (name, *_) in enumerate(points, 1))
+    read = "; ".join(f"{name} at {across:.3g}, {up:.3g}" for name, across, up in points)
+    return _figure(canvas, f"{caption} {key}.", f"{caption} {y} by {x}: {read}.")
+
+
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], float]], *, x: str, y: str, caption: str
+) -> Figure:
+    """Curves side by side on one scale, each with the tangent that a derivative promises at zero.
+
+    Arguments:
+        series: by name, (places with zero in the middle, values there, by how much they should fall a unit of x).
+        x, y: names of the axes.
+        caption: what the figure shows.
+    """
+    canvas = _canvas(7, 3.2)
+    first: Any = None
+    for number, (name, (places, values, slope)) in enumerate(series.items(), 1):
+        axes = first = _styled(canvas.add_subplot(1, len(series), number, facecolor="none", sharey=first))
+        axes.plot(places, values, color=_COLOURS[number - 1], linewidth=2, marker="o", markersize=3.5)
+        limits = axes.get_ylim()
+        tangent = values[len(values) // 2] - slope * np.asarray(places)
+        axes.plot(places, tangent, color=_INK, linewidth=1, linestyle="--")
+        axes.set_ylim(limits)
+        axes.set_title(name, fontsize=10, color=_INK)
+        axes.set(xlabel=x, ylabel=y if number == 1 else "")
+    read = "; ".join(f"{name} from {min(v):.3g} to {max(v):.3g}" for name, (_, v, _) in series.items())
+    return _figure(canvas, caption, f"{caption} Range of {y}: {read}.")
 
 
 def least_trusted(
@@ -146,6 +192,51 @@ def lines(series: Mapping[str, Sequence[float]], *, x: str, y: str, caption: str
     return _figure(canvas, caption, f"{caption} {y} by {x}: {ends}.")
 
 
+def schedules(learnt: np.ndarray, chosen: Mapping[str, np.ndarray]) -> Figure:
+    """Learning rates over a training run, on a logarithmic axis: of every meta-step, faint, and of those chosen.
+
+    Arguments:
+        learnt: float[m, T] above 0, the schedule at each meta-step, from the first.
+        chosen: float[T] above 0 by name, at most four.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for number, rates in enumerate(learnt):
+        axes.plot(rates, color=_COLOURS[0], linewidth=1, alpha=0.1 + 0.35 * number / max(1, len(learnt) - 1))
+    for (name, rates), colour in zip(chosen.items(), _COLOURS, strict=False):
+        axes.plot(rates, color=colour, label=name, linewidth=2.2)
+    axes.set(xlabel="training step", ylabel="learning rate", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name} starts at {r[0]:.2g}, peaks at {r.max():.2g}, ends at {r[-1]:.2g}"
+                     for name, r in chosen.items())  # fmt: skip
+    caption = "Learning rate at every step of a training run. Faint lines: the schedule at each meta-step."
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
+def against_compute(curves: Mapping[str, np.ndarray], levels: Mapping[str, float], *, y: str, caption: str) -> Figure:
+    """What was reached by how much compute, with errors, on a logarithmic axis of compute.
+
+    Arguments:
+        curves: float[points, 3] by name, at most three: training runs, value, its standard error.
+        levels: values that took no search worth a curve, drawn as dashed lines; with the curves at most four.
+        y: name of the value.
+        caption: what the figure shows.
+    """
+    canvas, axes = _axes(7, 3.8)
+    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        runs, values, errors = points.T
+        axes.errorbar(runs, values, errors, color=colour, label=name, linewidth=2, marker="o", markersize=4, capsize=3)
+    for (name, value), colour in zip(levels.items(), _COLOURS[len(curves) :], strict=False):
+        axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=name)
+    axes.set(xlabel="compute spent on the search, in training runs", ylabel=y)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    _legend(axes)
+    ends = "; ".join(f"{name}: {points[-1, 1]:.3g} after {points[-1, 0]:.0f} runs" for name, points in curves.items())
+    return _figure(canvas, caption, f"{caption} {ends}.")
+
+
 def _show(axes: Any, image: np.ndarray) -> None:
     # Enlarged here: a browser would blur an 8 x 8 picture.
     pixels = image.repeat(8, axis=0).repeat(8, axis=1)
@@ -159,7 +250,10 @@ def _canvas(width: float, height: float) -> Canvas:
 
 def _axes(width: float, height: float) -> tuple[Canvas, Any]:
     canvas = _canvas(width, height)
-    axes = canvas.add_subplot(facecolor="none")
+    return canvas, _styled(canvas.add_subplot(facecolor="none"))
+
+
+def _styled(axes: Any) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK)
@@ -167,7 +261,7 @@ def _axes(width: float, height: float) -> tuple[Canvas, Any]:
     axes.yaxis.label.set_color(_INK)
     axes.grid(axis="y", color=_INK, alpha=0.12)
     axes.set_axisbelow(True)
-    return canvas, axes
+    return axes
 
 
 def _legend(axes: Any) -> None:

@@ -31,7 +31,7 @@ class Contract:
         rule: the step.
         state, batch, z: the first ones; z wrapped.
 
-    Cost: a trace at construction (two at the first of its kind), and one a call of `still_holds`.
+    Cost: a trace a call of `check` (two at the first of its kind) and of `still_holds`.
     """
 
     def __init__(self, rule: Rule, state: PyTree, batch: PyTree, z: PyTree, *, allow_low_precision: bool):
@@ -41,30 +41,37 @@ class Contract:
             index = batch["index"] if needs_index(z) else None
             return rule.advance(state, batch, slices(z, jnp.int32(0), index))[0]
 
-        self._retrace: Callable[[], Any] = lambda: trace(step, *arguments)[0]
-        if not jax.tree.leaves(state):
-            raise StructureError("the initial state has no leaves: there is nothing to train")
-        closed, after = trace(step, *arguments)
-        problem = mismatch(state, after)
-        if problem:
-            raise StructureError(f"the step must return a state like the one it got, but {problem}")
-        if not allow_low_precision:
-            _check_precision(state, closed)
         leaves, treedef = jax.tree.flatten(arguments)
         self._key = rule, treedef, tuple((x.shape, x.dtype) for x in leaves)
-        self._digest = digest(closed)
-        _first_digest(self._key, _Once(lambda: digest(self._retrace())))
-        self.still_holds(self._digest)
+        self._state = arguments[0]
+        self._allow_low_precision = allow_low_precision
+        self._trace: Callable[[], Any] = lambda: trace(step, *arguments)
+
+    def check(self) -> None:
+        """Raise `StructureError`, `PrecisionError` or `ImpureStepError` for a step that can't be differentiated."""
+        if not jax.tree.leaves(self._state):
+            raise StructureError("the initial state has no leaves: there is nothing to train")
+        closed, after = self._trace()
+        problem = mismatch(self._state, after)
+        if problem:
+            raise StructureError(f"the step must return a state like the one it got, but {problem}")
+        if not self._allow_low_precision:
+            _check_precision(self._state, closed)
+        _first_digest(self._key, _Once(self._retraced))
+        self.still_holds(digest(closed))
 
     def still_holds(self, found: str | None = None) -> None:
         """Raise `ImpureStepError` if the step no longer traces to the program that it first was."""
-        found = found or digest(self._retrace())
+        found = found or self._retraced()
         if found != _first_digest(self._key, _Once(lambda: found)):
             raise ImpureStepError(
                 "the step traces to another program than before: it reads something outside (state, batch, z_t) that "
                 "changed (fresh randomness, a global, an attribute). Pass it in z, the state or the batch, or build a "
                 "new function for it"
             )
+
+    def _retraced(self) -> str:
+        return digest(self._trace()[0])
 
 
 class _Once:

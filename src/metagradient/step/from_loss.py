@@ -11,7 +11,7 @@ from jax import lax
 
 from metagradient.errors import StructureError
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
-from metagradient.step.adjoint import Loss, gradient_pull_back, linearised_gradient
+from metagradient.step.adjoint import Loss, PullBack, gradient_pull_back, linearised_gradient
 from metagradient.step.rule import Cotangent, Keep, Rule
 from metagradient.step.trace import has_loops, trace
 from metagradient.trees import PyTree, add, floating, is_floating, paths
@@ -41,9 +41,11 @@ class LossStep:
 
     Arguments:
         keep: "gradient" leaves each step's gradient to its adjoint, which then doesn't compute it again. With "state"
-            the adjoint computes it anew, and XLA merges that with the primal of the tangent: free, unless loops
-            (micro-batches, scanned layers) keep the two apart. "linearisation" leaves the whole linearised gradient
-            (its activations), so that only a tangent is left to do; not for micro-batches.
+            the adjoint linearises it anew, and reads the gradient off that: free, unless there are loops
+            (micro-batches, scanned layers), whose linearisation would keep all that they bound; then it is computed
+            twice.
+            "linearisation" leaves the whole linearised gradient (its activations), so that only a tangent is left to
+            do; not for micro-batches.
         unroll: write micro-batches one after the other instead of as a loop.
     """
 
@@ -89,11 +91,7 @@ class LossStep:
         self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
     ) -> tuple[Cotangent, PyTree]:
         """Two-stage adjoint: through the optimiser, then through the gradient, a micro-batch at a time."""
-        if self.keep == "linearisation":
-            gradient, through_gradient = kept
-        else:
-            gradient = kept if self.keep == "gradient" else self._gradient(state, batch, z)[0]
-            through_gradient = None
+        gradient, through_gradient = self._found(state, kept, batch, z)
         moments, with_moments = floating(state.opt_state)
         n, m = len(jax.tree.leaves(state.params)), len(moments)
         ct_params = jax.tree.unflatten(jax.tree.structure(state.params), cotangent[:n])
@@ -122,11 +120,25 @@ class LossStep:
         return replace(self, keep=keep, unroll=unroll)
 
     def choices(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[Keep, tuple[bool, ...]]:
-        """A gradient is worth keeping where XLA can't merge the adjoint's own copy of it."""
+        """A gradient is worth keeping where the adjoint would compute a second one."""
         if self.microbatches > 1:
             return "gradient", (False, True)
-        closed, _ = trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)
-        return ("gradient" if has_loops(closed) else "state"), (False,)
+        return ("gradient" if self._loops(state, batch, z) else "state"), (False,)
+
+    def _found(self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PullBack | None]:
+        """The step's gradient, and its pull-back where that comes with it."""
+        if self.keep == "linearisation":
+            return kept
+        if self.keep == "gradient":
+            return kept, None
+        if self.microbatches > 1 or self._loops(state, batch, z):
+            return self._gradient(state, batch, z)[0], None
+        loss, statistics = self._floating_loss(state, batch)
+        gradient, _, pull_back = linearised_gradient(loss, state.params, statistics, z)
+        return gradient, pull_back
+
+    def _loops(self, state: TrainState, batch: PyTree, z: PyTree) -> bool:
+        return has_loops(trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)[0])
 
     def _optimizer(self, z: PyTree) -> optax.GradientTransformation:
         if isinstance(self.optimizer, optax.GradientTransformation):

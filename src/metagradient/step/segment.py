@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from metagradient.errors import StructureError
 from metagradient.metaparameters import Shared, accumulate, is_kind, needs_index, slices
 from metagradient.step.feed import Feed
 from metagradient.step.rule import Cotangent, Keep, Rule
-from metagradient.trees import PyTree, add, strong, zeros
+from metagradient.trees import PyTree, add, nbytes, strong, zeros
 
 Loop = Literal["scan", "unroll", "steps"]
 
@@ -72,7 +73,7 @@ def _divide(z: PyTree) -> tuple[Any, Callable[[Any], PyTree]]:
 
 
 @partial(jax.jit, static_argnames="rule")
-def advance_one(rule: Rule, state: PyTree, z: PyTree, t: jax.Array, batch: PyTree) -> tuple[PyTree, PyTree]:
+def advance_one(rule: Rule, state: PyTree, z: PyTree, t: Any, batch: PyTree) -> tuple[PyTree, PyTree]:
     """One step: `(next state, what it leaves for its adjoint)`."""
     new, kept = rule.advance(state, batch, slices(z, t, _index(z, batch)))
     return strong(new), kept
@@ -80,7 +81,7 @@ def advance_one(rule: Rule, state: PyTree, z: PyTree, t: jax.Array, batch: PyTre
 
 @partial(jax.jit, static_argnames=("rule", "unroll"))
 def advance_many(
-    rule: Rule, unroll: bool, state: PyTree, z: PyTree, start: jax.Array, batches: PyTree
+    rule: Rule, unroll: bool, state: PyTree, z: PyTree, start: Any, batches: PyTree
 ) -> tuple[PyTree, Kept]:
     """Steps over stacked batches. The one program that advances states, whether what it keeps is used or not."""
     length = jax.tree.leaves(batches)[0].shape[0]
@@ -111,7 +112,7 @@ def _finite(cotangent: Cotangent) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("rule", "queries"), donate_argnames="total")
 def pull_one(
-    rule: Rule, queries: bool, state: PyTree, beside: PyTree, z: PyTree, t: jax.Array, batch: PyTree,
+    rule: Rule, queries: bool, state: PyTree, beside: PyTree, z: PyTree, t: Any, batch: PyTree,
     cotangent: Cotangent, total: PyTree,
 ) -> tuple[Cotangent, PyTree, jax.Array]:  # fmt: skip
     """Adjoint of one step: `(cotangent of its state, z cotangents so far, which leaves are finite)`.
@@ -125,7 +126,7 @@ def pull_one(
 
 @partial(jax.jit, static_argnames=("rule", "unroll", "queries"), donate_argnames="total")
 def pull_many(
-    rule: Rule, unroll: bool, queries: bool, kept: Kept, z: PyTree, start: jax.Array, batches: PyTree,
+    rule: Rule, unroll: bool, queries: bool, kept: Kept, z: PyTree, start: Any, batches: PyTree,
     cotangent: Cotangent, total: PyTree,
 ) -> tuple[Cotangent, PyTree, jax.Array]:  # fmt: skip
     """Adjoint of a segment, from last step to first; see `pull_one`."""
@@ -170,6 +171,7 @@ class Runner:
         z: wrapped metaparameters.
         queries: whether cotangents have a leading axis of queries.
         begin: first step that is differentiated; segments are numbered from there, those before it negatively.
+        hold_bytes: host memory for batches that were read, so that replays needn't read them again.
     """
 
     rule: Rule
@@ -178,12 +180,16 @@ class Runner:
     z: PyTree
     queries: bool = False
     begin: int = 0
+    hold_bytes: int = 0
     forward_steps: int = 0
     adjoint_steps: int = 0
 
     def __post_init__(self) -> None:
         self.rule = self.rule.formed(self.segment.keep, self.segment.unroll_microbatches)
         self._loaded: tuple[int, Any] | None = None
+        self._kept: dict[int, Any] = {}
+        self._held: dict[int, Any] = {}
+        self._held_bytes = 0
 
     def __len__(self) -> int:
         """Number of differentiated segments."""
@@ -203,36 +209,50 @@ class Runner:
         return range(start, min(start + self.segment.length, len(self.feed)))
 
     def holds(self, i: int) -> bool:
-        """Whether the batches of segment i are the last ones read."""
-        return self._loaded is not None and self._loaded[0] == i
+        """Whether the batches of segment i are at hand: held, of a kept segment, or the last ones read."""
+        return i in self._held or i in self._kept or (self._loaded is not None and self._loaded[0] == i)
+
+    def rereads(self, i: int) -> bool:
+        """Whether the batches of segment i, once read, would be read again by a replay."""
+        return i not in self._held
 
     def batches(self, i: int) -> Any:
-        """Batches of segment i: stacked for a compiled loop, a list for single steps. Holds the last one read."""
-        if self._loaded is None or not self.holds(i):
+        """Batches of segment i: stacked for a compiled loop, a list for single steps."""
+        for held in (self._held, self._kept):
+            if i in held:
+                return held[i]
+        if self._loaded is None or self._loaded[0] != i:
             steps = self.steps(i)
             single = self.segment.loop == "steps"
             read = [self.feed[t] for t in steps] if single else self.feed.segment(steps.start, len(steps))
             self._loaded = i, read
+            size = nbytes(read)
+            if self._held_bytes + size <= self.hold_bytes:
+                self._held[i] = read
+                self._held_bytes += size
         return self._loaded[1]
 
     def forget(self) -> None:
-        """Drop the batches held, so that the next use reads them again."""
+        """Drop all batches but those of kept segments, so that their next use reads them again."""
         self._loaded = None
+        self._held.clear()
+        self._held_bytes = 0
 
     def advance(self, i: int, state: PyTree) -> PyTree:
         """State at the end of segment i from that at its start."""
         self.forward_steps += len(self.steps(i))
         if self.segment.loop == "steps":
             for t, batch in zip(self.steps(i), self.batches(i), strict=True):
-                state = advance_one(self.rule, state, self.z, _int(t), batch)[0]
+                state = advance_one(self.rule, state, self.z, np.int32(t), batch)[0]
             return state
         return self._many(i, state)[0]
 
     def keep(self, i: int, state: PyTree) -> tuple[Kept, Callable[[], PyTree]]:
-        """What the pull-back of segment i needs, and how to get the state at its end.
+        """What the pull-back of segment i needs, and how to get the state at its end. Its batches are kept too.
 
         Where a step keeps nothing but its state, the last step is only taken if that end is asked for.
         """
+        self._kept[i] = self.batches(i)
         if self.segment.loop != "steps":
             self.forward_steps += len(self.steps(i))
             end, kept = self._many(i, state)
@@ -241,14 +261,14 @@ class Runner:
         steps, batches = self.steps(i), self.batches(i)
         for t, batch in zip(steps[:-1], batches[:-1], strict=True):
             states.append(state)
-            state, left = advance_one(self.rule, state, self.z, _int(t), batch)
+            state, left = advance_one(self.rule, state, self.z, np.int32(t), batch)
             beside.append(left)
         self.forward_steps += len(steps) - 1
         states.append(state)
 
         def last() -> tuple[PyTree, PyTree]:
             self.forward_steps += 1
-            return advance_one(self.rule, states[-1], self.z, _int(steps[-1]), batches[-1])
+            return advance_one(self.rule, states[-1], self.z, np.int32(steps[-1]), batches[-1])
 
         if self.rule.keep == "state":
             return Kept(states, [*beside, ()]), lambda: last()[0]
@@ -256,19 +276,23 @@ class Runner:
         return Kept(states, [*beside, left]), lambda: end
 
     def pull(self, i: int, kept: Kept, cotangent: Cotangent, total: PyTree) -> tuple[Cotangent, PyTree, jax.Array]:
-        """Pull a cotangent back through segment i, adding to the z cotangents, which are used up."""
+        """Pull a cotangent back through segment i, adding to the z cotangents, which are used up.
+
+        The segment's batches are kept no longer.
+        """
         steps, batches = self.steps(i), self.batches(i)
+        self._kept.pop(i, None)
         self.adjoint_steps += len(steps)
         if self.segment.loop != "steps":
             return pull_many(
-                self.rule, self._unroll, self.queries, kept, self.z, _int(steps.start), batches, cotangent, total
+                self.rule, self._unroll, self.queries, kept, self.z, np.int32(steps.start), batches, cotangent, total
             )
         finite = None
         for t, batch, state, beside in zip(
             reversed(steps), reversed(batches), reversed(kept.states), reversed(kept.beside), strict=True
         ):
             cotangent, total, finite = pull_one(
-                self.rule, self.queries, state, beside, self.z, _int(t), batch, cotangent, total
+                self.rule, self.queries, state, beside, self.z, np.int32(t), batch, cotangent, total
             )
         assert finite is not None
         return cotangent, total, finite
@@ -278,8 +302,4 @@ class Runner:
         return self.segment.loop == "unroll"
 
     def _many(self, i: int, state: PyTree) -> tuple[PyTree, Kept]:
-        return advance_many(self.rule, self._unroll, state, self.z, _int(self.steps(i).start), self.batches(i))
-
-
-def _int(t: int) -> jax.Array:
-    return jnp.asarray(t, jnp.int32)
+        return advance_many(self.rule, self._unroll, state, self.z, np.int32(self.steps(i).start), self.batches(i))

@@ -49,4 +49,24 @@ def _report() -> Task:
     return Task(task.Report(), task.run)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"demo": _demo, "plan": _plan, "poison": _poison, "report": _report}
+def _smoothness() -> Task:
+    from metagradient.tasks import smoothness as task
+
+    return Task(task.SmoothnessProbe(), task.run, preset="tiny", page=task.page)
+
+
+def _schedule() -> Task:
+    from metagradient.tasks import schedule as task
+    from metagradient.tasks.schedule_page import page
+
+    return Task(task.RateSchedule(), task.run, preset="tiny", page=page)
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "demo": _demo,
+    "plan": _plan,
+    "poison": _poison,
+    "report": _report,
+    "schedule": _schedule,
+    "smoothness": _smoothness,
+}
