@@ -244,9 +244,9 @@ def test_test_images_of_another_size_are_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_only_the_chosen_images_change_and_no_label_but_in_the_flips():
-    from metagradient.tasks.poisoning import _flipped, _task
+    from metagradient.tasks.poisoning import _flipped, prepare
 
-    task = _task(Poison(recipe=Recipe(widths=(4, 6), batch=40, steps=12), examples=80, share=0.1))
+    task = prepare(Poison(recipe=Recipe(widths=(4, 6), batch=40, steps=12), examples=80, share=0.1))
     others = np.delete(np.arange(80), task.rows)
     poisoned = task.with_images(np.ones_like(task.chosen.images))
     np.testing.assert_array_equal(poisoned.labels, task.pool.labels)
