@@ -129,6 +129,7 @@ def main() -> None:
         window=configs[1].window,
         metagradients=configs[1].seeds * configs[1].meta_steps,
         fixed_fresh=fixed.against("fresh"),
+        flips=f"{varied.result['drop_flips_fresh']:.2f} ± {varied.result['error_flips_fresh']:.2f}",
         left=f"{fixed.result['gradient_left']:.0%}",
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, jax {version('jax')}, "
         f"metagradient {version('metagradient')}",
