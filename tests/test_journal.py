@@ -53,6 +53,7 @@ def test_a_journal_holds_what_the_records_say(uninterrupted: Path, tmp_path: Pat
     assert [t["step"] for t in read_lines(uninterrupted / TIMINGS)] == list(range(STEPS))
     assert not any(name in line for line in lines for name in ("seconds", "training_runs", "forward_steps"))
     assert content(tmp_path / "run") == content(uninterrupted)
+    assert len({file.stat().st_mode for file in uninterrupted.iterdir()}) == 1
     again = descent(uninterrupted)
     assert list(again) == []
     assert taken.best

@@ -12,7 +12,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     A process that is killed on the way leaves the old file, and at most a `.partial` one that the next call overwrites.
     """
     partial = path.with_name(path.name + ".partial")
+    # Some writers (safetensors) make files for their owner alone: this one is like any other.
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
     write(partial)
+    partial.chmod(mode)
     _sync(partial)
     os.replace(partial, path)
     _sync(path.parent)
