@@ -26,8 +26,10 @@ from sklearn.datasets import load_digits
 
 import metagradient as mg
 from metagradient.data.batches import EpochBatches
+from metagradient.metaparameters import canonical
 from metagradient.models import MLP, Decoder, ResNet9
-from metagradient.trees import nbytes
+from metagradient.run import Run
+from metagradient.trees import floating, nbytes, zeros
 
 KEEP_ALL, TWO_LEVEL = mg.schedule.KeepAll(), mg.schedule.TwoLevel()
 
@@ -46,6 +48,24 @@ class Problem:
         options = {"segment": self.segment, **options}
         evaluate = mg.value_and_metagrad(self.training, self.objective, **options)
         return lambda: evaluate.with_stats(self.z)
+
+    def programs(self, segment: mg.Segment) -> Callable[[], Any]:
+        """The floor: every step and every adjoint step, every state kept, batches at hand, and nothing else."""
+        run = Run.prepared(self.training, canonical(self.z))
+        runner = run.runner(segment, hold_bytes=2**40)
+
+        def walk() -> Any:
+            state, kept = run.state, []
+            for i in range(len(runner)):
+                left, end = runner.keep(i, state)
+                kept.append(left)
+                state = end()
+            cotangent, total = floating(state)[0], zeros(runner.z)
+            for i in reversed(range(len(runner))):
+                cotangent, total, _ = runner.pull(i, kept.pop(), cotangent, total)
+            return total
+
+        return walk
 
     def plain(self) -> Callable[[], Any]:
         """The same steps without metagradients: one scan, or single steps that reuse their state's memory."""
@@ -174,10 +194,12 @@ def ratios(given: argparse.Namespace) -> list[str]:
         ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
         leaf = problem.segment
         every = 1 if leaf.loop == "scan" else None
+        ways["every state, the programs alone"] = problem.programs(leaf)
         ways["two-level"] = problem.metagradient(schedule=mg.schedule.TwoLevel(every))
         if leaf.loop == "steps":
             linearised = mg.Segment(1, "steps", "linearisation")
             ways["linearisations"] = problem.metagradient(schedule=KEEP_ALL, segment=linearised)
+            ways["linearisations, the programs alone"] = problem.programs(linearised)
             ways["two-level, linearisations"] = problem.metagradient(schedule=TWO_LEVEL, segment=linearised)
         else:
             ways["ten states"] = problem.metagradient(schedule=mg.schedule.Binomial(10))

@@ -9,19 +9,23 @@ import argparse
 import datetime
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from string import Template
 
+import jax.numpy as jnp
 import numpy as np
 
+import metagradient as mg
 from metagradient.cli import parse
 from metagradient.descent.journal import RECORDS, read_lines
+from metagradient.descent.seeds import inner_seed
 from metagradient.report.figures import Figure, before_and_after, lines
 from metagradient.report.page import Table
-from metagradient.tasks.poisoning import Poison, run
+from metagradient.tasks.poisoning import Poison, prepare, run
 from metagradient.tasks.poisoning_report import curves, drops, losses
 
 TEMPLATE = Path(__file__).with_name("poisoning.md.in")
@@ -57,6 +61,27 @@ def made(directory: Path, config: Poison) -> Found:
         return Found(json.loads((directory / "result.json").read_text()), attacked, held_out, dict(saved))
 
 
+def agreement(file: Path, config: Poison, windows: Sequence[int | None], seeds: int = 6) -> dict[str, list[float]]:
+    """Cosines between metagradients of different seeds, nothing poisoned yet: for every window, each pair's."""
+    if not file.exists():
+        task, cosines = prepare(config), {}
+        images = jnp.zeros_like(task.chosen.images)
+        z, objective = {"pixels": mg.PerExample(images, rows=task.rows)}, task.classifier.mean_loss(task.target)
+        for window in windows:
+            found, segment = [], None
+            for seed in range(seeds):
+                training = task.classifier.training(
+                    task.pool.images, task.pool.labels, inner_seed(config.seed, 0, seed)
+                )
+                gradient = mg.value_and_metagrad(training, objective, window=window, segment=segment)
+                _, grad, stats = gradient.with_stats(z)
+                segment = stats.segment
+                found.append(np.ravel(grad["pixels"].value) / np.linalg.norm(grad["pixels"].value))
+            cosines[str(window)] = [float(a @ b) for a, b in combinations(found, 2)]
+        file.write_text(json.dumps(cosines))
+    return json.loads(file.read_text())
+
+
 def markdown(table: Table) -> str:
     """A report's table as Markdown."""
     rows = [table.header, ["---"] * len(table.header), *table.rows]
@@ -69,10 +94,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/poisoning"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
-    fixed, varied = (
-        made(given.runs / preset, parse("poison", Poison(), ["--preset", preset, "--data", str(given.data)]))
-        for preset in ("cifar10", "cifar10-transfer")
-    )
+    presets = "cifar10", "cifar10-transfer"
+    configs = [parse("poison", Poison(), ["--preset", preset, "--data", str(given.data)]) for preset in presets]
+    fixed, varied = (made(given.runs / preset, config) for preset, config in zip(presets, configs, strict=True))
+    cosines = agreement(given.runs / "agreement.json", configs[1], (None, configs[1].window))
+    whole, last = (np.mean(pairs) for pairs in cosines.values())
     series = {
         "one run": fixed.attacked,
         "one run, held out": fixed.held_out,
@@ -97,6 +123,13 @@ def main() -> None:
         cost=f"{fixed.result['training_runs']:.0f} and {varied.result['training_runs']:.0f}",
         cost_canceling=f"{fixed.result['cancel_training_runs']:.0f}",
         seconds=f"{fixed.result['seconds']:.0f} and {varied.result['seconds']:.0f}",
+        cosine=f"{whole:.3f}",
+        cosine_window=f"{last:.3f}",
+        pairs=len(cosines["None"]),
+        window=configs[1].window,
+        metagradients=configs[1].seeds * configs[1].meta_steps,
+        fixed_fresh=fixed.against("fresh"),
+        flips=f"{varied.result['drop_flips_fresh']:.2f} ± {varied.result['error_flips_fresh']:.2f}",
         left=f"{fixed.result['gradient_left']:.0%}",
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, jax {version('jax')}, "
         f"metagradient {version('metagradient')}",

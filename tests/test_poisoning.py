@@ -27,8 +27,8 @@ DIGITS = load_digits()
 
 
 def problem(dtype: Any = np.float32) -> tuple[Classifier, Images, Images]:
-    """A tiny classifier, its 48 training images, and 60 others."""
-    classifier = Classifier(Recipe(widths=(4, 6), batch=16, steps=9, learning_rate=0.1), 10, 1)
+    """A classifier of one convolution, its 48 training images, and 60 others."""
+    classifier = Classifier(Recipe(widths=(4,), batch=16, steps=9, learning_rate=0.4), 10, 1)
     images = replace(DIGITS, images=DIGITS.images.astype(dtype))
     return classifier, images.take(np.arange(48)), images.take(np.arange(100, 160))
 
@@ -54,19 +54,18 @@ def test_the_metagradient_of_pixels_is_that_of_central_differences():
         slope = {h: (at(h) - at(-h)) / (2 * h) for h in (1e-4, 2e-4)}
         expected = (4 * slope[1e-4] - slope[2e-4]) / 3
         found = float(np.vdot(grad["pixels"].value, direction))
-    assert abs(expected) > 1e-3
+    assert abs(expected) > 2e-4
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def target_parameters() -> tuple[Classifier, mg.TrainState, Images]:
+@pytest.fixture(scope="module")
+def trained() -> tuple[Classifier, mg.TrainState, Images]:
     classifier, pool, _ = problem()
-    state = mg.train(classifier.training(pool.images, pool.labels, 0), {})
-    return classifier, corrupted(classifier, state, pool.images, pool.labels, 0.1), pool
+    return classifier, mg.train(classifier.training(pool.images, pool.labels, 0), {}), pool
 
 
-def test_parameter_corruption_moves_along_the_loss_gradient_by_its_share():
-    classifier, pool, _ = problem()
-    state = mg.train(classifier.training(pool.images, pool.labels, 0), {})
+def test_parameter_corruption_moves_along_the_loss_gradient_by_its_share(trained):
+    classifier, state, pool = trained
     moved = corrupted(classifier, state, pool.images, pool.labels, 0.1)
 
     def flat(tree: Any) -> np.ndarray:
@@ -84,9 +83,10 @@ def test_parameter_corruption_moves_along_the_loss_gradient_by_its_share():
     assert not np.allclose(before, after)
 
 
-def test_gradient_canceling_follows_its_objective():
-    classifier, state, pool = target_parameters()
-    poisoned, clean = pool.take(ROWS), pool.take(np.delete(np.arange(48), ROWS))
+def test_gradient_canceling_follows_its_objective(trained):
+    classifier, state, pool = trained
+    state = corrupted(classifier, state, pool.images, pool.labels, 0.1)
+    poisoned, clean = pool.take(np.arange(16)), pool.take(np.arange(16, 48))
     gradient = summed_gradient(classifier, state, clean.images, clean.labels)
     noisy = jnp.clip(poisoned.images + 0.1 * np.random.default_rng(0).random(poisoned.images.shape), 0, 1)
 
@@ -244,9 +244,9 @@ def test_test_images_of_another_size_are_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_only_the_chosen_images_change_and_no_label_but_in_the_flips():
-    from metagradient.tasks.poisoning import _flipped, _task
+    from metagradient.tasks.poisoning import _flipped, prepare
 
-    task = _task(Poison(recipe=Recipe(widths=(4, 6), batch=40, steps=12), examples=80, share=0.1))
+    task = prepare(Poison(recipe=Recipe(widths=(4, 6), batch=40, steps=12), examples=80, share=0.1))
     others = np.delete(np.arange(80), task.rows)
     poisoned = task.with_images(np.ones_like(task.chosen.images))
     np.testing.assert_array_equal(poisoned.labels, task.pool.labels)

@@ -87,7 +87,7 @@ class Poison:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Prepared:
     """The images, and who may change what.
 
     Arguments:
@@ -152,7 +152,7 @@ def run(config: Poison, *, resume: bool = False) -> dict[str, float]:
     Cost: `meta_steps` metagradients for each inner seed, gradient canceling, and 5 (1 + 2 `fresh`) trainings.
     """
     start = perf_counter()
-    task = _task(config)
+    task = prepare(config)
     directory = RunDirectory.begin(config.out or free_directory("poison"), config, "poison", resume=resume)
     seconds_before = sum(t["seconds"] for t in directory.timings)
     poisoned = _attack(task, directory)
@@ -185,7 +185,8 @@ def run(config: Poison, *, resume: bool = False) -> dict[str, float]:
     return result
 
 
-def _task(config: Poison) -> _Task:
+def prepare(config: Poison) -> Prepared:
+    """The images and the classifier of a configuration. `ConfigError` and `DataError` as in `run`."""
     c, r = config, config.recipe
     if min(c.examples, c.target, c.held_out, c.test, c.meta_steps, c.cancel_steps, c.fresh) < 1 or c.seeds < 0:
         raise ConfigError("examples, target, held_out, test, meta_steps, cancel_steps and fresh must be at least 1")
@@ -201,7 +202,7 @@ def _task(config: Poison) -> _Task:
     rows = np.random.default_rng((c.seed, 3)).choice(c.examples, poisoned, replace=False)
     inside = classifier.fitted(replace(pool.take([0]), images=np.ones_like(pool.images[:1]))).images[0]
     fitted = [classifier.fitted(images) for images in (pool, target, held_out, test)]
-    return _Task(c, classifier, *fitted, rows=np.sort(rows), ids=ids, inside=inside)
+    return Prepared(c, classifier, *fitted, rows=np.sort(rows), ids=ids, inside=inside)
 
 
 def _images(config: Poison) -> tuple[tuple[Images, Images, Images, Images], np.ndarray]:
@@ -242,7 +243,7 @@ def ascent(rate: optax.Schedule, momentum: float) -> optax.GradientTransformatio
     return updates.ascent(optax.chain(updates.normalise(), optax.trace(momentum), updates.sign(rate)))
 
 
-def _attack(task: _Task, directory: RunDirectory) -> np.ndarray:
+def _attack(task: Prepared, directory: RunDirectory) -> np.ndarray:
     """The poisoned images, float32[m, ...].
 
     At a fixed seed those of the highest held-out loss, which is then of one and the same run; where seeds vary, those
@@ -276,7 +277,7 @@ def _attack(task: _Task, directory: RunDirectory) -> np.ndarray:
     return np.clip(images + np.asarray(z["pixels"].value), 0, task.inside)
 
 
-def _canceled(task: _Task) -> tuple[np.ndarray, float, np.ndarray]:
+def _canceled(task: Prepared) -> tuple[np.ndarray, float, np.ndarray]:
     """Gradient canceling: images, how far its target parameters are, and what was left of the gradient."""
     c, classifier, chosen = task.config, task.classifier, task.chosen
     clean = task.pool.take(np.delete(np.arange(len(task.pool)), task.rows))
@@ -303,19 +304,19 @@ def _cancel_training_runs(config: Poison, images: int) -> float:
     return 1 + len(config.corruptions) * (1 + config.cancel_steps * a_step)
 
 
-def _flipped(task: _Task) -> Images:
+def _flipped(task: Prepared) -> Images:
     classes, labels = len(task.pool.classes), task.pool.labels.copy()
     moved = np.random.default_rng((task.config.seed, 4)).integers(1, classes, len(task.rows))
     labels[task.rows] = (labels[task.rows] + moved) % classes
     return replace(task.pool, labels=labels)
 
 
-def _noise(task: _Task) -> np.ndarray:
+def _noise(task: Prepared) -> np.ndarray:
     rng = np.random.default_rng((task.config.seed, 5))
     return rng.random((len(task.rows), *task.inside.shape), np.float32) * task.inside
 
 
-def _measured(task: _Task, arms: Mapping[str, Images]) -> list[Trained]:
+def _measured(task: Prepared, arms: Mapping[str, Images]) -> list[Trained]:
     """Every arm trained in every place."""
     c = task.config
     rough = replace(c.recipe, **ROUGH, learning_rate=c.standard_rate)
