@@ -13,7 +13,7 @@ from metagradient.tasks.smoothness_page import name
 
 SMALL = """
     --examples 200 --validation 100 --test 100 --rates 0.1 0.2 --directions 2 --accuracy-seeds 2 --gain-steps 1
-    --cut-points 3 --recipe.widths 4 4 --recipe.batch 50 --recipe.steps 12 --no-standard --choices.pooling max
+    --cut-points 3 --recipe.widths 4 --recipe.batch 50 --recipe.steps 12 --no-standard --choices.pooling max
     --choices.norm-before-activation --choices.activation --choices.final-scale
 """.split()  # noqa: SIM905
 
@@ -37,9 +37,9 @@ def test_recipes_of_digits_are_probed_and_told(tmp_path: Path, capsys: pytest.Ca
     assert page.count("<figure>") == 2  # too few recipes to correlate
     assert "smooth" in capsys.readouterr().out
     settings = tomllib.loads((out / "config.toml").read_text())
-    assert settings["recipe"]["widths"] == [4, 4]
+    assert settings["recipe"]["widths"] == [4]
     again = parse("smoothness", SmoothnessProbe(), ["--config", str(out / "config.toml")])
-    assert again.recipe.widths == (4, 4)
+    assert again.recipe.widths == (4,)
     assert again.choices.activation == ()
 
 
