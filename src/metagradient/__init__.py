@@ -11,12 +11,14 @@ from metagradient.replay.plan import Plan
 from metagradient.run import train, train_many
 from metagradient.smoothness import Smoothness, metasmoothness
 from metagradient.step.segment import Segment
+from metagradient.surrogate import CountSurrogate, probe_at
 from metagradient.training import Training, TrainState
 from metagradient.verify import CheckReport, check
 
 __all__ = [
     "Best",
     "CheckReport",
+    "CountSurrogate",
     "Descent",
     "Evaluation",
     "Memory",
@@ -38,6 +40,7 @@ __all__ = [
     "mean_over",
     "metasmoothness",
     "plan",
+    "probe_at",
     "schedule",
     "smoothness",
     "train",

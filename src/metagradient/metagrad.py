@@ -27,6 +27,8 @@ from metagradient.training import Training
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
 
 _SHARE_FOR_BATCHES = 16
+# In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
+_ADJOINT_IN_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Stats:
     compile_seconds: float
     segment: Segment
     schedule: Schedule
+
+    @property
+    def in_steps(self) -> int:
+        """Compute in plain training steps, counted in matrix products: an adjoint step is three."""
+        return self.forward_steps + _ADJOINT_IN_STEPS * self.adjoint_steps
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain numbers, strings and dictionaries."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metagrad import Evaluation, Stats, value_and_metagrad
 from metagradient.replay.plan import Plan
 from metagradient.step.segment import Segment
+from metagradient.surrogate import CountSurrogate
 from metagradient.training import Training
 from metagradient.trees import PyTree, add
 
-# In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
-_ADJOINT_IN_STEPS = 3
+Differentiable: TypeAlias = Training | CountSurrogate
+"""What a meta-step can take the metagradient of: a run, or one on a data set made by counts."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Gradients:
         options: of `value_and_metagrad`, the segment apart.
     """
 
-    training: Training | Callable[[int], Training]
+    training: Differentiable | Callable[[int], Differentiable]
     objective: Callable[[PyTree, PyTree], jax.Array]
     held_out: Callable[[PyTree, PyTree], jax.Array] | None
     seed: int
@@ -93,24 +94,30 @@ class Gradients:
             for number in range(self.seeds):
                 run, drawn = self._training(step, number)
                 wished = stats[-1].segment if stats else segment or self.segment
-                found = value_and_metagrad(run, self.objective, segment=wished, **self.options).evaluate(z)
+                found, took = self._evaluated(run, z, wished)
                 self._keep_plan(found.stats)
                 seeds.append(self._record(drawn, found, z))
                 stats.append(found.stats)
-                work = found.stats.forward_steps + _ADJOINT_IN_STEPS * found.stats.adjoint_steps
-                runs.append(work / len(run.batches))
+                runs.append(took)
                 yield found.grad
 
         grad = average(grads()) if self.seeds > 1 else next(grads())
         return Measured(grad, tuple(seeds), _together(stats), sum(runs))
 
-    def _training(self, step: int, number: int) -> tuple[Training, int | None]:
-        if isinstance(self.training, Training):
+    def _evaluated(self, run: Differentiable, z: PyTree, segment: Segment | int | None) -> tuple[Evaluation, float]:
+        """A metagradient, and what it took in plain training runs."""
+        if isinstance(run, CountSurrogate):
+            return run.evaluate(self.objective, z, segment=segment, **self.options)
+        found = value_and_metagrad(run, self.objective, segment=segment, **self.options).evaluate(z)
+        return found, found.stats.in_steps / len(run.batches)
+
+    def _training(self, step: int, number: int) -> tuple[Differentiable, int | None]:
+        if isinstance(self.training, (Training, CountSurrogate)):
             return self.training, None
         seed = inner_seed(self.seed, step, number)
         drawn = self.training(seed)
-        if not isinstance(drawn, Training):
-            raise StructureError(f"training({seed}) returned {type(drawn).__name__}, not a Training")
+        if not isinstance(drawn, (Training, CountSurrogate)):
+            raise StructureError(f"training({seed}) returned {type(drawn).__name__}, not a Training or CountSurrogate")
         return drawn, seed
 
     def _record(self, seed: int | None, found: Evaluation, z: PyTree) -> SeedRecord:

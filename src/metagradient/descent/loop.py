@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from metagradient.descent.board import Board
-from metagradient.descent.gradients import Gradients, Measured, SeedRecord
+from metagradient.descent.gradients import Differentiable, Gradients, Measured, SeedRecord
 from metagradient.descent.journal import Best, Journal, Position, checksum, described
 from metagradient.descent.seeds import MOST_NUMBERS, MOST_STEPS, fresh_seed, inner_seed
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
@@ -18,6 +18,7 @@ from metagradient.metagrad import Stats
 from metagradient.metaparameters import canonical
 from metagradient.step.segment import Segment
 from metagradient.step.trace import digest, trace
+from metagradient.surrogate import CountSurrogate
 from metagradient.training import Training
 from metagradient.trees import PyTree, mismatch, paths, strong
 
@@ -133,7 +134,7 @@ class Descent(Iterator[MetaStep]):
 
 
 def descend(
-    training: Training | Callable[[int], Training],
+    training: Differentiable | Callable[[int], Differentiable],
     objective: Callable[[PyTree, PyTree], jax.Array],
     z: PyTree,
     update: optax.GradientTransformation,
@@ -155,7 +156,8 @@ def descend(
     Arguments:
         training: the run, or `seed -> Training`; then every meta-step draws fresh seeds, and what is learnt must hold
             for all of them (a fixed seed gets exploited). Build loss and optimiser outside that function, so that
-            every meta-step runs the same compiled programs.
+            every meta-step runs the same compiled programs. In place of a `Training` it may be a `CountSurrogate`,
+            with counts for z.
         objective: `(final state, z) -> scalar` to minimise.
         z: metaparameters to start from.
         update: an optax transformation of metagradients; see `metagradient.updates`.
@@ -198,9 +200,10 @@ def descend(
     (True, 3)
     """
     z = canonical(z)
-    segment, fresh = options.pop("segment", None), not isinstance(training, Training)
+    segment, fresh = options.pop("segment", None), not isinstance(training, (Training, CountSurrogate))
     wrong = {
-        "training must be a Training, or a function seed -> Training": fresh and not callable(training),
+        "training must be a Training (or CountSurrogate), or a function seed -> Training": fresh
+        and not callable(training),
         "update must be an optax transformation: call what makes one, mg.updates.sign(0.1)": not isinstance(
             update, optax.GradientTransformation
         ),

@@ -87,6 +87,12 @@ class LossStep:
         params, opt_state = self._update(state.params, state.opt_state, gradient, z)
         return TrainState(params, opt_state, model_state, state.step + 1), kept
 
+    def advance_pushed(self, state: TrainState, batch: PyTree, z: PyTree, push: PyTree) -> TrainState:
+        """One step whose loss gradient has `push` added to it, a tree like the parameters."""
+        gradient, model_state = self._gradient(state, batch, z)
+        params, opt_state = self._update(state.params, state.opt_state, add(gradient, push), z)
+        return TrainState(params, opt_state, model_state, state.step + 1)
+
     def pull_back(
         self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
     ) -> tuple[Cotangent, PyTree]:
