@@ -28,7 +28,7 @@ import metagradient as mg
 from metagradient.data.batches import EpochBatches
 from metagradient.metaparameters import canonical
 from metagradient.models import MLP, Decoder, ResNet9
-from metagradient.run import Run
+from metagradient.run import Run, full_precision
 from metagradient.trees import floating, nbytes, zeros
 
 KEEP_ALL, TWO_LEVEL = mg.schedule.KeepAll(), mg.schedule.TwoLevel()
@@ -51,7 +51,8 @@ class Problem:
 
     def programs(self, segment: mg.Segment) -> Callable[[], Any]:
         """The floor: every step and every adjoint step, every state kept, batches at hand, and nothing else."""
-        run = Run.prepared(self.training, canonical(self.z))
+        with full_precision(False):
+            run = Run.prepared(self.training, canonical(self.z))
         runner = run.runner(segment, hold_bytes=2**40)
 
         def walk() -> Any:
@@ -170,7 +171,8 @@ def problems(given: argparse.Namespace) -> list[Problem]:
 
 def seconds(work: Callable[[], Any]) -> float:
     start = perf_counter()
-    jax.block_until_ready(jax.tree.leaves(work())[0])
+    with full_precision(False):
+        jax.block_until_ready(jax.tree.leaves(work())[0])
     return perf_counter() - start
 
 

@@ -3,7 +3,7 @@
     python benchmarks/smoothness.py --data DIR [--runs runs/smoothness] [--out docs] [--part recipes]
 
 About 50 minutes on one core. What the files under --runs hold is not run again; --part (recipes, standard, scaled,
-rates, close) fills one of them and prints no document.
+adam, rates, close) fills one of them and prints no document.
 """
 
 import argparse
@@ -43,11 +43,16 @@ RECIPES: list[dict[str, Any]] = [
     {"widths": [4, 8, 16]},
     {"batch": 125},
     {"batch": 500},
-    {"widths": [16, 32, 64]},
+    {"widths": [12, 24, 48]},
 ]
 STANDARD: list[dict[str, Any]] = [ROUGH, *({k: v for k, v in ROUGH.items() if k != knob} for knob in ROUGH)]
 SCALED = {"final_scale": 0.125}
 SCALED_RATES = (0.6, 1.2, 2.4, 4.8)
+ADAM: list[dict[str, Any]] = [
+    {"optimizer": "adam", "momentum": 0.9, "second_decay": 0.999, **knobs}
+    for knobs in ({}, {"eps_root": 1e-6}, {"eps_root": 1e-12}, {"second_decay": 0.9})
+]
+ADAM_RATES = (0.003, 0.01, 0.03)
 CLOSE_STEPS = (0.05, 0.1, 0.2)
 
 
@@ -76,14 +81,16 @@ def parts(bench: Bench, runs: Path) -> dict[str, Callable[[], Sweep]]:
         chosen = [found["recipes"]().outcomes[0], found["standard"]().outcomes[0]]
         recipes = [{**o.knobs, "rate": o.rate} for o in chosen]
         patient = Bench(replace(bench.config, directions=5), bench.pool, bench.validation, bench.test)
-        return given_rates(patient, recipes, runs / "close.jsonl", CLOSE_STEPS, 8)
+        return given_rates(patient, recipes, runs / "close.jsonl", CLOSE_STEPS, 6)
 
     rates = [{**knobs, "rate": rate} for knobs in ({}, ROUGH) for rate in CONFIG.rates[::2]]
     higher = Bench(replace(bench.config, rates=SCALED_RATES), bench.pool, bench.validation, bench.test)
+    adam = Bench(replace(bench.config, rates=ADAM_RATES), bench.pool, bench.validation, bench.test)
     found: dict[str, Callable[[], Sweep]] = {
         "recipes": lambda: probe(bench, RECIPES, runs / "recipes.jsonl", tell),
         "standard": lambda: probe(bench, STANDARD, runs / "standard.jsonl", tell),
         "scaled": lambda: probe(higher, [SCALED], runs / "scaled.jsonl", tell),
+        "adam": lambda: probe(adam, ADAM, runs / "adam.jsonl", tell),
         "rates": lambda: given_rates(bench, rates, runs / "rates.jsonl", 0.1, 3),
         "close": close,
     }
@@ -117,8 +124,13 @@ def accuracy_difference(found: Sweep) -> str:
     return f"{d.mean():+.1f} ± {d.std(ddof=1) / len(d) ** 0.5:.1f} points over {len(d)} seeds"
 
 
+def everything(found: dict[str, Sweep]) -> Sweep:
+    """The recipes of the big table."""
+    return Sweep([outcome for name in ("recipes", "scaled", "standard", "adam") for outcome in found[name]])
+
+
 def document(found: dict[str, Sweep]) -> list[str]:
-    together = Sweep([*found["recipes"], *found["scaled"], *found["standard"]])
+    together = everything(found)
     measured = correlation(together)
     assert measured is not None
     rates = [[f"{o.knobs['rate']:g}", *cells_of(o)] for o in found["rates"]]
@@ -165,7 +177,8 @@ CIFAR-10 (a JPEG copy) averaged to 16x16; {CONFIG.examples:,} training images, {
 {CONFIG.test:,} for test. A ResNet-9 of widths 8-16-32 (29,650 parameters), batch {CONFIG.recipe.batch},
 {CONFIG.recipe.steps} steps of SGD with Nesterov momentum {CONFIG.recipe.momentum}, one-cycle learning rate. *Smooth*:
 batch norm before GELU, average pooling. *Standard*: batch norm after ReLU, max pooling. **Learning rate**: of
-{", ".join(f"{r:g}" for r in CONFIG.rates)} (logits divided by 8: {", ".join(f"{r:g}" for r in SCALED_RATES)}), the
+{", ".join(f"{r:g}" for r in CONFIG.rates)} (logits divided by 8: {", ".join(f"{r:g}" for r in SCALED_RATES)};
+Adam: {", ".join(f"{r:g}" for r in ADAM_RATES)}), the
 lowest whose validation loss is no more than {CONFIG.slack} above the best, one training each; all else is measured at
 that rate. **Def. 2** (1 is smooth): at h = 0.1 on data weights of 1, along {CONFIG.directions} random tenths of the
 examples and {CONFIG.directions} whole classes, with 95 % bootstrap intervals over the directions (of three directions,
@@ -185,7 +198,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/smoothness"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--part", choices=("recipes", "standard", "scaled", "rates", "close"))
+    parser.add_argument("--part", choices=("recipes", "standard", "scaled", "adam", "rates", "close"))
     given = parser.parse_args()
     bench = load(replace(CONFIG, data=given.data))
     ways = parts(bench, given.runs)
@@ -196,7 +209,7 @@ def main() -> None:
     text = "\n".join(document(found))
     print(text)
     if given.out:
-        together = Sweep([*found["recipes"], *found["scaled"], *found["standard"]])
+        together = everything(found)
         cuts = cuts_of(bench, together)
         shown = {"trade-off": trade_off(together), "gains": gains(together), "landscapes": landscapes(cuts)}
         for name, figure in shown.items():

@@ -122,3 +122,23 @@ def test_plan_prices_hardware_that_is_not_here(capsys):
     assert "smallest" in " ".join(capsys.readouterr().err.split())
     assert main(["plan", "--steps", "10"]) == 2
     assert "--state-bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["paper-datacomp-small", "paper-ift"])
+def test_plan_prices_a_published_setting(preset, capsys):
+    assert main(["plan", "--preset", preset]) == 0
+    printed = capsys.readouterr().out
+    assert "before it:" in printed
+    assert ("40 of them" in printed) == (preset == "paper-datacomp-small")
+
+
+def test_plan_prices_a_window_and_several_meta_steps(capsys):
+    sizes = ["--steps", "100", "--state-bytes", "1MB", "--step-seconds", "2", "--device", "1GB"]
+    assert main(["plan", *sizes, "--window", "10", "--meta-steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("10 steps and adjoint steps")
+    assert "before it: 90 plain steps, 3.0 min" in printed
+    # An adjoint step takes 2.41 plain steps.
+    assert "3 of them: 12.4 min" in printed or "3 of them: 12.7 min" in printed, printed
+    assert main(["plan", *sizes, "--window", "101"]) == 2
+    assert "--window must be from 1 to the 100 steps" in " ".join(capsys.readouterr().err.split())

@@ -22,11 +22,14 @@ from metagradient.models import conv3x3
 Params = dict[str, jax.Array]
 Run = Callable[[], dict[str, np.ndarray]]
 
+LINEARISED = mg.Segment(1, "steps", "linearisation")
 CONTENDERS: dict[str, tuple[mg.schedule.Schedule, mg.Segment | None]] = {
     "keep all": (mg.schedule.KeepAll(), None),
-    "keep all, linearised": (mg.schedule.KeepAll(), mg.Segment(1, "steps", "linearisation")),
+    "keep all, linearised": (mg.schedule.KeepAll(), LINEARISED),
     "two-level": (mg.schedule.TwoLevel(), None),
+    "two-level, linearised": (mg.schedule.TwoLevel(), LINEARISED),
     "binary tree": (mg.schedule.KaryTree(2), None),
+    "binary tree, linearised": (mg.schedule.KaryTree(2), LINEARISED),
     "float64": (mg.schedule.KeepAll(), None),
 }
 

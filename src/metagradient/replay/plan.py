@@ -181,13 +181,14 @@ def _table(plan: Plan) -> Table:
             str(estimate.length),
             str(estimate.forward_steps),
             *(format_bytes(estimate.bytes[tier]) if estimate.bytes[tier] else "" for tier in TIERS),
-            _duration(estimate.seconds),
+            duration(estimate.seconds),
             style="bold" if chosen else None,
         )
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: "2.5 h"."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

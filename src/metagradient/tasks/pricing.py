@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from metagradient.errors import ConfigError
 from metagradient.replay.budget import Costs, Memory
-from metagradient.replay.plan import Plan, plan
+from metagradient.replay.plan import Plan, duration, plan
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Pricing:
 
     steps: int = 0
     """training steps, T"""
+    window: int | None = None
+    """differentiate the last steps only, as a gradient in counts does; none differentiates all of them"""
+    meta_steps: int = 1
+    """metagradients in all, one after the other"""
     state_bytes: str = ""
     """one training state: parameters and moments (8 billion parameters under Adam in float32: 96GB)"""
     step_seconds: float = 0.0
@@ -40,12 +44,15 @@ class Pricing:
 def run(config: Pricing) -> Plan:
     """Print a plan, and return it.
 
-    Errors: `ConfigError` for a figure that is missing; `ScheduleError` for sizes that can't be read, and for budgets
-        in which nothing fits.
+    Errors: `ConfigError` for a figure that is missing or out of range; `ScheduleError` for sizes that can't be read,
+        and for budgets in which nothing fits.
     """
     for name in ("steps", "state_bytes", "step_seconds", "device"):
         if not getattr(config, name):
             raise ConfigError(f"metagradient plan needs --{name.replace('_', '-')}")
+    window = config.steps if config.window is None else config.window
+    if not 1 <= window <= config.steps or config.meta_steps < 1:
+        raise ConfigError(f"--window must be from 1 to the {config.steps} steps, and --meta-steps at least 1")
     costs = Costs.on_paper(
         config.state_bytes,
         config.step_seconds,
@@ -54,6 +61,11 @@ def run(config: Pricing) -> Plan:
         host_bandwidth=config.device_bandwidth,
         disk_bandwidth=config.disk_bandwidth,
     )
-    found = plan(costs, config.steps, Memory(config.device, config.host, config.disk))
+    found = plan(costs, window, Memory(config.device, config.host, config.disk))
     print(found)
+    before = (config.steps - window) * config.step_seconds
+    if before:
+        print(f"before it: {config.steps - window} plain steps, {duration(before)}")
+    if config.meta_steps > 1:
+        print(f"{config.meta_steps} of them: {duration(config.meta_steps * (before + found.seconds))}")
     return found

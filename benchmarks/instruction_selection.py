@@ -1,0 +1,104 @@
+"""Writes `docs/instruction_selection.md` from the directories of finished runs.
+
+    python benchmarks/instruction_selection.py --small RUN... --pretrained RUN --out docs
+
+The runs: `metagradient select --task instruction --data DIR --text DIR`, and the same with `--model` and
+`--preset smollm2-135m`. Logits of that model beside `transformers`' come from `--agreement FILE`, a JSON dictionary.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+from metagradient.descent.journal import read_lines
+from metagradient.report.page import Table
+from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.instruction_page import NAMES, TRAINED, by_task, composition, results
+
+TEMPLATE = Path(__file__).with_name("instruction_selection.md.in")
+
+
+def markdown(table: Table) -> str:
+    """A report's table as Markdown."""
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def targets(result: Mapping[str, float]) -> str:
+    """Whether MGD is better than LESS, random and all: in loss paired by seed, and in exact answers."""
+    rows = []
+    for arm in ("less", "random", "all"):
+        behind, error = result[f"behind_{arm}"], result[f"error_behind_{arm}"]
+        exact = result["accuracy_mgd"] - result[f"accuracy_{arm}"]
+        of_exact = (result["error_accuracy_mgd"] ** 2 + result[f"error_accuracy_{arm}"] ** 2) ** 0.5
+        held = "yes" if behind > 2 * error else "no" if behind < -2 * error else "within two errors"
+        held_exact = "yes" if exact > 2 * of_exact else "no" if exact < -2 * of_exact else "within two errors"
+        rows.append(
+            (NAMES[arm], f"{behind:+.3f} ± {error:.3f}", held, f"{100 * exact:+.1f} ± {100 * of_exact:.1f}", held_exact)
+        )
+    header = ("MGD against", "loss above MGD's", "better?", "MGD's exact answers more, points", "better?")
+    return markdown(Table(header, rows))
+
+
+def cost(run: RunDirectory) -> str:
+    """Compute of a run, in words."""
+    result = run.figures or {}
+    return f"{result['training_runs']:.0f} tunings' worth in the descent, {result['seconds'] / 60:.0f} minutes in all"
+
+
+def described(run: RunDirectory, names: Sequence[str]) -> str:
+    """Settings of a run as a list, `outer.inner` within a configuration."""
+    flat = {
+        f"{outer}.{name}" if isinstance(inner, dict) else outer: value
+        for outer, inner in run.config.items()
+        for name, value in (inner.items() if isinstance(inner, dict) else [(outer, inner)])
+    }
+    return ", ".join(f"{name} {flat[name]}" for name in names if name in flat)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, required=True)
+    parser.add_argument("--agreement", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    given = parser.parse_args()
+    small, large = RunDirectory.read(given.small), RunDirectory.read(given.pretrained)
+    agreement = json.loads(given.agreement.read_text())
+    assert small.figures is not None
+    assert large.figures is not None
+    settings = (
+        *("method", "share", "meta_steps", "exchanged", "drawn", "at", "tuning.steps", "tuning.batch", "tuning.length"),
+        *("tuning.learning_rate", "tuning.lora_rank", "less_epochs", "less_share", "fresh"),
+    )
+    text = Template(TEMPLATE.read_text()).substitute(
+        agreement=f"{agreement['largest difference']:.1e}",
+        agreement_tokens=agreement["tokens"],
+        targets=targets(small.figures),
+        results=markdown(results(small.figures)),
+        tasks=markdown(by_task(read_lines(small / TRAINED))),
+        composition=markdown(composition(small)),
+        settings=described(small, settings),
+        cost=cost(small),
+        candidates=f"{small.figures['candidates']:,.0f}",
+        different=f"{small.figures['different']:.0f}",
+        selected=f"{small.figures['selected']:.0f}",
+        cut_pool=f"{small.figures['cut_pool']:.0%}",
+        cut_test=f"{small.figures['cut_test']:.0%}",
+        length=small.config["tuning"]["length"],
+        results_large=markdown(results(large.figures)),
+        settings_large=described(large, ("candidates", "tests", "aim", *settings)),
+        cost_large=cost(large),
+        made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, "
+        f"jax {small.versions['jax']}, metagradient {version('metagradient')}",
+    )
+    (given.out / "instruction_selection.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
