@@ -15,22 +15,23 @@ from rich.console import Console
 
 from metagradient.errors import ConfigError, MetagradientError
 from metagradient.tasks.directory import RunDirectory
-from metagradient.tasks.registry import TASKS
+from metagradient.tasks.registry import SELECTIONS, TASKS
 
+_COMMANDS = sorted({name.partition("-")[0] for name in TASKS})
 _CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2 for input that can't be used)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] not in TASKS:
+    if not arguments or arguments[0] not in _COMMANDS:
         print(_usage(), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
         return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
-    name, *rest = arguments
-    task = TASKS[name]()
     jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     try:
+        name, rest = _named(*arguments)
+        task = TASKS[name]()
         if resumed := begun(name, task.config, rest):
             task.run(resumed, resume=True)
         else:
@@ -39,6 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         return 2
     return 0
+
+
+def _named(command: str, *rest: str) -> tuple[str, Sequence[str]]:
+    """A command's name among the tasks, and the arguments that are left."""
+    if command != "select":
+        return command, rest
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task")
+    first.add_argument("--resume")
+    given, left = first.parse_known_args(rest)
+    name = f"select-{given.task}"
+    if given.resume:
+        left = ["--resume", given.resume, *left]
+        name = name if given.task else RunDirectory.read(Path(given.resume)).command
+    if name.removeprefix("select-") not in SELECTIONS:
+        raise ConfigError(f"metagradient select needs --task, one of {', '.join(SELECTIONS)}")
+    return name, left
 
 
 def begun(command: str, config: Any, arguments: Sequence[str]) -> Any | None:
@@ -51,7 +69,7 @@ def begun(command: str, config: Any, arguments: Sequence[str]) -> Any | None:
 
     Errors: `ConfigError` for a directory without a run that can be gone on with, and for other settings beside it.
     """
-    first = argparse.ArgumentParser(prog=f"metagradient {command}", add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=_typed(command), add_help=False, allow_abbrev=False)
     first.add_argument("--resume", type=Path, metavar="DIR")
     given, rest = first.parse_known_args(arguments)
     if given.resume is None:
@@ -92,9 +110,14 @@ def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str
         type(config),
         args=rest,
         default=config,
-        prog=f"metagradient {command}",
+        prog=_typed(command),
         description=f"{type(config).__doc__}\n\n{_also(command)}",
     )
+
+
+def _typed(command: str) -> str:
+    """What a user types to run a command."""
+    return f"metagradient {command.replace('select-', 'select --task ')}"
 
 
 def _usage() -> str:
@@ -102,7 +125,8 @@ def _usage() -> str:
         "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n"
         "       metagradient COMMAND --resume DIR\n"
         "       metagradient report DIR...\n\n"
-        f"commands: {', '.join(TASKS)}; metagradient COMMAND --help lists a command's settings"
+        f"commands: {', '.join(_COMMANDS)}; metagradient COMMAND --help lists a command's settings\n"
+        f"tasks of select: --task {', --task '.join(SELECTIONS)}"
     )
 
 

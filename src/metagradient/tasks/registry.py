@@ -62,11 +62,39 @@ def _schedule() -> Task:
     return Task(task.RateSchedule(), task.run, preset="tiny", page=page)
 
 
+def _select_clip() -> Task:
+    from metagradient.tasks import clip_selection as task
+    from metagradient.tasks.clip_page import page
+
+    return Task(task.ClipSelection(), task.run, preset="tiny", page=page)
+
+
+def _select_instruction() -> Task:
+    from metagradient.tasks import instruction_selection as task
+    from metagradient.tasks.instruction_page import page
+
+    return Task(task.InstructionSelection(), task.run, preset="tiny", page=page)
+
+
+def _select_labels() -> Task:
+    from metagradient.tasks import noisy_labels as task
+    from metagradient.tasks.noisy_labels_page import page
+
+    return Task(task.NoisyLabels(), task.run, page=page)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "demo": _demo,
     "plan": _plan,
     "poison": _poison,
     "report": _report,
     "schedule": _schedule,
+    "select-clip": _select_clip,
+    "select-instruction": _select_instruction,
+    "select-labels": _select_labels,
     "smoothness": _smoothness,
 }
+"""By the name that run directories and presets know them by: `metagradient select --task clip` is "select-clip"."""
+
+SELECTIONS = tuple(name.removeprefix("select-") for name in TASKS if name.startswith("select-"))
+"""What `metagradient select --task` takes."""
