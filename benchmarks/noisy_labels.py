@@ -28,7 +28,9 @@ def finished(path: Path, config: NoisyLabels) -> RunDirectory:
     if not path.exists():
         run(replace(config, out=path))
     elif not (path / "result.json").exists():
-        run(begun(NAME, NoisyLabels(), ["--resume", str(path)]), resume=True)
+        begun_with = begun(NAME, NoisyLabels(), ["--resume", str(path)])
+        assert begun_with is not None
+        run(begun_with, resume=True)
     return RunDirectory.read(path)
 
 

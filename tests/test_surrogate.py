@@ -227,7 +227,8 @@ def test_a_descent_in_counts_goes_on_where_it_stopped(tmp_path):
 
     list(descent("whole"))
     stopped = descent("stopped")
-    next(stopped), next(stopped)
+    for _ in range(2):
+        next(stopped)
     list(descent("stopped"))
     whole, resumed = ((tmp_path / name / "records.jsonl").read_bytes() for name in ("whole", "stopped"))
     assert whole == resumed

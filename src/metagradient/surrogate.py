@@ -230,8 +230,10 @@ class _Part:
 def _blind(rule: Any) -> LossStep:
     if not isinstance(rule, LossStep):
         raise StructureError("a gradient in counts needs a training from Training.from_loss: a step that holds a loss")
-    fixed = isinstance(rule.optimizer, optax.GradientTransformation)
-    return replace(rule, loss=_Blind(rule.loss), optimizer=rule.optimizer if fixed else _Blind(rule.optimizer))
+    optimizer = rule.optimizer
+    if not isinstance(optimizer, optax.GradientTransformation):
+        optimizer = _Blind(optimizer)
+    return replace(rule, loss=_Blind(rule.loss), optimizer=optimizer)
 
 
 def _counts(z: PyTree) -> PerExample:

@@ -6,6 +6,7 @@ They compute in the dtype of their parameters. A model without state of its own 
 """
 
 from metagradient.models.attention import causal_attention as causal_attention
+from metagradient.models.clip import CLIP as CLIP
 from metagradient.models.convolution import conv3x3 as conv3x3
 from metagradient.models.decoder import Decoder as Decoder
 from metagradient.models.losses import chunked_cross_entropy as chunked_cross_entropy

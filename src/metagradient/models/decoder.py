@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,37 @@ from metagradient.models.losses import chunked_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """Llama 3.1's longer context: slow rotary frequencies are divided by `factor`, those between are blended.
+
+    Arguments:
+        factor: by which the slow ones are divided.
+        low_freq_factor: wavelengths over `original_max_position_embeddings / low_freq_factor` are slow.
+        high_freq_factor: wavelengths under `original_max_position_embeddings / high_freq_factor` stay.
+        original_max_position_embeddings: positions that the model was first trained on.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def scaled(self, frequencies: Array) -> Array:
+        """Frequencies, float[n], as they are used."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        share = jnp.clip(share, 0, 1)
+        return share * frequencies + (1 - share) * frequencies / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoder:
     """RMS norm, rotary positions, grouped-query attention, SwiGLU, optionally tied embeddings; no dropout.
 
     Fields have the names and meanings of a Hugging Face Llama `config.json`, and parameters those of its tensors, so
-    SmolLM2 and Llama weights load by name; the default is SmolLM2-135M, 134,515,008 parameters. Every layer's tensors
+    SmolLM2 and Llama weights load by name; the default is SmolLM2-135M, 134,515,008 parameters. Gemma's differ in
+    `hidden_act`, `scale_embeddings` and `norm_offset`; `metagradient.models.checkpoints` sets them. A projection whose
+    dictionary holds `lora_a` and `lora_b` adds their product (`metagradient.models.lora`). Every layer's tensors
     are stacked in a leading axis. By default a `lax.scan` runs the layers, each under `jax.checkpoint`, so a gradient
     or its adjoint keeps one `[batch, length, hidden_size]` a layer. (Unrolled layers gain nothing from a checkpoint on
     a CPU: the compiler merges the recomputation away.)
@@ -32,6 +59,10 @@ class Decoder:
         num_key_value_heads: key and value heads; divides the query heads.
         head_dim: size of a head; `hidden_size / num_attention_heads` if None.
         rope_theta: base of the rotary wavelengths.
+        rope_scaling: what is done to them for a longer context, or None.
+        hidden_act: activation of the gate: SiLU, or GELU in its approximation by tanh.
+        scale_embeddings: multiply embeddings by the root of `hidden_size`.
+        norm_offset: added to the weights of norms (Gemma stores them less one).
         rms_norm_eps: added to mean squares.
         tie_word_embeddings: unembed with the embedding matrix.
         attention_chunk: queries whose scores are alive at once.
@@ -48,6 +79,10 @@ class Decoder:
     num_key_value_heads: int = 3
     head_dim: int | None = None
     rope_theta: float = 100_000.0
+    rope_scaling: Llama3Rope | None = None
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    scale_embeddings: bool = False
+    norm_offset: float = 0.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     attention_chunk: int = 64
@@ -76,7 +111,7 @@ class Decoder:
             return {"weight": next(draws) / math.sqrt(inputs)}
 
         def ones(*shape: int) -> dict:
-            return {"weight": jnp.ones(shape, dtype)}
+            return {"weight": jnp.full(shape, 1 - self.norm_offset, dtype)}
 
         params = {
             "layers": {
@@ -93,6 +128,11 @@ class Decoder:
         """All logits `[batch, length, vocab_size]` of `tokens [batch, length]`; to train, use `token_losses`."""
         del train
         return self.hidden(params, tokens) @ self._unembedding(params).T, model_state
+
+    def logits(self, params: dict, tokens: Array, at: Array) -> Array:
+        """Logits `[batch, k, vocab_size]` of the positions `at [batch, k]` alone, of `tokens [batch, length]`."""
+        hidden = jnp.take_along_axis(self.hidden(params, tokens), at[..., None], 1)
+        return hidden @ self._unembedding(params).T
 
     def token_losses(self, params: dict, tokens: Array, targets: Array, weights: Array | None = None) -> Array:
         """Cross-entropy of every target, with one chunk of logits alive at a time.
@@ -117,11 +157,13 @@ class Decoder:
     def hidden(self, params: dict, tokens: Array) -> Array:
         """The last layer's normalised output, `[batch, length, hidden_size]`, of `tokens [batch, length]`."""
         x = params["embed_tokens"]["weight"][tokens]
+        if self.scale_embeddings:
+            x = x * math.sqrt(self.hidden_size)
         rotation = self._rotation(tokens.shape[1], x.dtype)
 
         def layer(x: Array, weights: dict) -> tuple[Array, None]:
             x = x + self._attention(weights["self_attn"], self._norm(weights["input_layernorm"], x), rotation)
-            return x + _feed_forward(weights["mlp"], self._norm(weights["post_attention_layernorm"], x)), None
+            return x + self._feed_forward(weights["mlp"], self._norm(weights["post_attention_layernorm"], x)), None
 
         if self.rematerialise:
             x = lax.scan(jax.checkpoint(layer), x, params["layers"])[0]
@@ -138,7 +180,8 @@ class Decoder:
         return params["embed_tokens" if self.tie_word_embeddings else "lm_head"]["weight"]
 
     def _norm(self, norm: dict, x: Array) -> Array:
-        return norm["weight"] * x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.rms_norm_eps)
+        weight = norm["weight"] + self.norm_offset if self.norm_offset else norm["weight"]
+        return weight * x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + self.rms_norm_eps)
 
     def _attention(self, weights: dict, x: Array, rotation: tuple[Array, Array]) -> Array:
         def heads(name: str) -> Array:
@@ -148,10 +191,18 @@ class Decoder:
         attended = causal_attention(query, key, heads("v_proj"), chunk=self.attention_chunk)
         return _linear(weights["o_proj"], attended.reshape(*x.shape[:2], -1))
 
+    def _feed_forward(self, weights: dict, x: Array) -> Array:
+        gate = _linear(weights["gate_proj"], x)
+        gate = jax.nn.silu(gate) if self.hidden_act == "silu" else jax.nn.gelu(gate, approximate=True)
+        return _linear(weights["down_proj"], gate * _linear(weights["up_proj"], x))
+
     def _rotation(self, length: int, dtype: DTypeLike) -> tuple[Array, Array]:
         """Cosines and sines `[length, 1, head_size / 2]` of position times frequency."""
         exponents = jnp.arange(0, self._head_size, 2, dtype=dtype) / self._head_size
-        angles = jnp.arange(length, dtype=dtype)[:, None, None] * self.rope_theta**-exponents
+        frequencies = self.rope_theta**-exponents
+        if self.rope_scaling:
+            frequencies = self.rope_scaling.scaled(frequencies)
+        angles = jnp.arange(length, dtype=dtype)[:, None, None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -163,12 +214,8 @@ def _unstacked(layers: dict) -> list[dict]:
 
 
 def _linear(weights: dict, x: Array) -> Array:
-    return x @ weights["weight"].T
-
-
-def _feed_forward(weights: dict, x: Array) -> Array:
-    gated = jax.nn.silu(_linear(weights["gate_proj"], x)) * _linear(weights["up_proj"], x)
-    return _linear(weights["down_proj"], gated)
+    y = x @ weights["weight"].T
+    return y + (x @ weights["lora_a"].T) @ weights["lora_b"].T if "lora_a" in weights else y
 
 
 def _rotate(x: Array, cosine: Array, sine: Array) -> Array:

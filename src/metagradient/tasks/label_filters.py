@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from metagradient.data.images import Images
-from metagradient.errors import ConfigError
+from metagradient.optional import library
 from metagradient.tasks.classifier import Classifier
 from metagradient.training import TrainState
 from metagradient.trees import PyTree
@@ -60,19 +60,15 @@ def confident_learning(classifier: Classifier, fit: Fit, pool: Images, seed: int
 
     Source: C. Northcutt, L. Jiang, I. Chuang, "Confident Learning", JAIR 2021.
     """
-    try:
-        from cleanlab.filter import find_label_issues
-        from cleanlab.rank import get_label_quality_scores
-    except ImportError as error:
-        raise ConfigError("confident learning needs a package: pip install 'metagradient[labels]'") from error
+    filters, ranks = (library(f"cleanlab.{part}", "labels") for part in ("filter", "rank"))
     assert pool.observed is not None
     probabilities = np.empty((len(pool), classifier.classes))
     folds = np.array_split(np.random.default_rng((seed, 6)).permutation(len(pool)), _FOLDS)
     for number, fold in enumerate(folds):
         state = fit(np.concatenate(folds[:number] + folds[number + 1 :]))
         probabilities[fold] = jax.nn.softmax(classifier.scores(state, pool.images[fold]))
-    wrong = find_label_issues(pool.observed, probabilities, n_jobs=1)
-    return ~wrong, get_label_quality_scores(pool.observed, probabilities)
+    wrong = filters.find_label_issues(pool.observed, probabilities, n_jobs=1)
+    return ~wrong, ranks.get_label_quality_scores(pool.observed, probabilities)
 
 
 def _loss(classifier: Classifier, state: TrainState, params: PyTree, image: jax.Array, label: jax.Array) -> jax.Array:

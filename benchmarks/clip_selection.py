@@ -1,0 +1,148 @@
+"""The image–text experiment: which objective orders known subsets, and what a pool's filters are worth.
+
+    python benchmarks/clip_selection.py --data DIR [--runs runs/clip] [--preset tiny] [--out docs]
+
+DIR holds the pool's shards, val.tar and test.tar. Writes docs/clip_selection.md. What --runs holds already is
+read, not made again.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+import jax.numpy as jnp
+import numpy as np
+
+import metagradient as mg
+from metagradient.cli import parse
+from metagradient.descent.journal import read_lines
+from metagradient.descent.seeds import fresh_seed
+from metagradient.files import append_text
+from metagradient.models.clip import contrastive_losses
+from metagradient.report.page import Table
+from metagradient.tasks.clip_page import arms_table, curves, recalls_table
+from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, run
+from metagradient.tasks.clip_training import fitted_scale, recalls, soft_rank
+from metagradient.tasks.directory import RunDirectory
+
+TEMPLATE = Path(__file__).with_name("clip_selection.md.in")
+STEPS = (60, 120, 200)
+SUBSETS = {
+    "oracle": "matched pairs alone",
+    "all": "everything",
+    "random": "a random subset of the oracle's size",
+}
+OBJECTIVES = {
+    "recall": "mean recall",
+    "fitted": "contrastive, best scale",
+    "learnt": "contrastive, learnt scale",
+    "fixed": "contrastive, scale 10",
+    "rank": "log rank",
+}
+
+
+def orders(file: Path, task: Prepared, steps: Sequence[int], seeds: int) -> list[dict[str, float]]:
+    """Objectives of models trained on known subsets, on validation pairs: a line each of a file."""
+    wrong = task.mismatched
+    assert wrong is not None
+    matched = np.flatnonzero(~wrong)
+    random = np.sort(np.random.default_rng((task.config.seed, 4)).permutation(len(wrong))[: len(matched)])
+    rows = {"oracle": matched, "all": np.arange(len(wrong)), "random": random}
+    done = {(r["subset"], r["steps"], r["seed"]) for r in read_lines(file)}
+    for count in steps:
+        trainer = replace(task.trainer, recipe=replace(task.trainer.recipe, steps=count))
+        for seed in (fresh_seed(task.config.seed, 3000 + i) for i in range(seeds)):
+            for subset in SUBSETS:
+                if (subset, count, seed) in done:
+                    continue
+                state = mg.train(trainer.training(task.arrays, seed, rows=rows[subset]), {})
+                images, texts = trainer.embedded(state, task.val)
+                u, v = jnp.asarray(images), jnp.asarray(texts)
+                found = {
+                    "recall": recalls(images, texts)["recall"],
+                    "fitted": float(contrastive_losses(u, v, fitted_scale(u, v)).mean()),
+                    "learnt": float(contrastive_losses(u, v, trainer.model.scale_of(state.params)).mean()),
+                    "fixed": float(contrastive_losses(u, v, trainer.recipe.scale).mean()),
+                    "rank": float(soft_rank(u, v)),
+                }
+                append_text(file, json.dumps({"subset": subset, "steps": count, "seed": seed, **found}) + "\n")
+    return read_lines(file)
+
+
+def orders_table(found: Sequence[dict[str, float]]) -> Table:
+    """Mean and standard error of each objective on each subset, and whether it orders them rightly in every seed."""
+    rows = []
+    for count in sorted({r["steps"] for r in found}):
+        of_subset = {
+            subset: sorted((r for r in found if (r["subset"], r["steps"]) == (subset, count)), key=lambda r: r["seed"])
+            for subset in SUBSETS
+        }
+        for name, text in OBJECTIVES.items():
+            values = {subset: np.array([r[name] for r in rs]) for subset, rs in of_subset.items()}
+            sign = 1 if name == "recall" else -1
+            right = [
+                np.sum(sign * (values[a] - values[b]) > 0) for a, b in (("oracle", "all"), ("all", "random"))
+            ]  # fmt: skip
+            seeds = len(values["all"])
+            cells = (f"{v.mean():.3f} ± {v.std(ddof=1) / seeds**0.5:.3f}" for v in values.values())
+            rows.append((count, text, *cells, *(f"{n} of {seeds}" for n in right)))
+    header = ("steps", "objective", *SUBSETS, "oracle better than all", "all better than random")
+    return Table(header, rows)
+
+
+def markdown(table: Table) -> str:
+    """A report's table as Markdown."""
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def made(path: Path, config: ClipSelection) -> RunDirectory:
+    """A run, which is made, or gone on with, where it isn't there."""
+    if not (path / "result.json").exists():
+        run(replace(config, out=path), resume=(path / "config.toml").exists())
+    return RunDirectory.read(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/clip"))
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("docs"))
+    given = parser.parse_args()
+    config = parse("select-clip", ClipSelection(), ["--preset", given.preset, "--data", str(given.data)])
+    given.runs.mkdir(parents=True, exist_ok=True)
+    ordered = orders(given.runs / "orders.jsonl", prepare(config), STEPS, given.seeds)
+    directory = made(given.runs / given.preset, config)
+    result = directory.figures
+    assert result is not None
+    (given.out / "clip_selection-curves.svg").write_bytes(curves(directory).content)
+    text = Template(TEMPLATE.read_text()).substitute(
+        orders=markdown(orders_table(ordered)),
+        arms=markdown(arms_table(directory)),
+        recalls=markdown(recalls_table(directory)),
+        seeds=config.fresh,
+        ratio=f"{result['gain_ratio']:.2f}",
+        best=f"{result['best_baseline_gain']:+.3f}",
+        ours=f"{result['gain_mgd']:+.3f} ± {result['gain_error_mgd']:.3f}",
+        subset=f"{result['gain_subset']:+.3f} ± {result['gain_error_subset']:.3f}",
+        oracle=f"{result['gain_oracle']:+.3f} ± {result['gain_error_oracle']:.3f}",
+        runs=f"{result['training_runs']:.0f}",
+        seconds=f"{result['seconds']:.0f}",
+        pairs=result["pairs"],
+        preset=given.preset,
+        made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, one core, "
+        f"jax {version('jax')}, metagradient {version('metagradient')}",
+    )
+    (given.out / "clip_selection.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Filtering an image–text pool: the baselines, the measures, and the whole run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tars import digit, uid, write_pool, write_tar
+
+import metagradient as mg
+from metagradient.cli import parse
+from metagradient.data.image_text import load_pool, read_uids
+from metagradient.errors import ConfigError, DataError, MetagradientError
+from metagradient.models.clip import contrastive_losses
+from metagradient.report.page import render
+from metagradient.tasks.clip_baselines import CaptionRules, chosen, highest, without_duplicates
+from metagradient.tasks.clip_page import page
+from metagradient.tasks.clip_selection import ClipSelection, Prepared, figures, prepare, run
+from metagradient.tasks.clip_training import PairRecipe, PairTrainer, fitted_scale, recalls, soft_rank, zero_shot
+from metagradient.tasks.clip_trials import Arm, load_names
+from metagradient.tasks.directory import RunDirectory
+
+RECIPE = PairRecipe(
+    size=8, patch=2, widths=(4, 8), text_width=8, text_heads=2, vocabulary=200, words=8, pieces=4, embedding=8,
+    batch=24, steps=12, learning_rate=0.02,
+)  # fmt: skip
+
+
+def config(data: Path, out: Path | None = None, **changes: Any) -> ClipSelection:
+    return ClipSelection(
+        data=data, out=out, recipe=RECIPE, meta_steps=3, score_steps=(8,), score_shares=(0.5, 0.8), rule_words=(1, 3),
+        choosing=1, fresh=2, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pool(tmp_path_factory.mktemp("data") / "pool")
+
+
+def same(a: dict[str, float], b: dict[str, float]) -> None:
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_run_weighs_the_pool_and_fills_its_directory(data: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    found = run(config(data, out))
+    assert json.loads((out / "result.json").read_text()) == found
+    assert found["pairs"] == 96
+    arms = ("all", "random", "rules", "duplicates", "score", "subset", "mgd", "oracle")
+    for arm in arms:
+        assert 0 <= found[f"recall_{arm}"] <= 1
+        assert 0 <= found[f"group_{arm}"] <= 1
+        assert found[f"error_{arm}"] >= 0
+        mean = np.mean([found[f"{way}_at_{k}_{arm}"] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)])
+        assert found[f"recall_{arm}"] == pytest.approx(mean)
+        assert found[f"gain_{arm}"] == pytest.approx(found[f"recall_{arm}"] - found["recall_all"])
+    assert found["pairs_oracle"] == 72
+    assert found["mismatched_oracle"] == 0
+    assert found["mismatched_all"] == 1
+    assert found["pairs_score"] in (48, 77)
+    assert found["pairs_random"] == found["pairs_subset"]
+    with np.load(out / "weights.npz") as saved:
+        counts = dict(zip(saved["uids"].tolist(), saved["counts"].tolist(), strict=True))
+        assert saved["weights"].min() >= 0
+        assert saved["weights"].max() <= 2
+        assert np.ptp(saved["weights"]) > 0.3
+        np.testing.assert_array_equal(saved["counts"], np.rint(saved["weights"]))
+    listed = read_uids(out / "subset.npy")
+    assert listed == sorted(listed)
+    assert {u: listed.count(u) for u in set(listed)} == {u: c for u, c in counts.items() if c}
+    text = (out / "report.html").read_text()
+    assert "MGD&#39;s weights" in text
+    assert "<script" not in text
+    assert "CLIP-score filter" in capsys.readouterr().out
+    assert render(page(RunDirectory.read(out))) == text
+
+    # Killed in its trials: gone on with, it comes to the same, and trains only what is missing.
+    (out / "result.json").unlink()
+    lines = (out / "trainings.jsonl").read_text().splitlines(keepends=True)
+    (out / "trainings.jsonl").write_text("".join(lines[:-3]) + lines[-3][:20])
+    same(run(config(data, out), resume=True), found)
+    assert (out / "trainings.jsonl").read_text() == "".join(lines)
+
+
+def test_a_run_counts_the_pool_by_algorithm_1(data: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    found = run(config(data, out, method="counts", flip=0.5))
+    assert "recall_mgd" not in found
+    with np.load(out / "weights.npz") as saved:
+        np.testing.assert_array_equal(saved["weights"], saved["counts"])
+        assert found["pairs_subset"] == np.count_nonzero(saved["counts"])
+        assert len(read_uids(out / "subset.npy")) == saved["counts"].sum()
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    assert all(r["grad_norm"] > 0 for r in records)
+    assert "a count" in (out / "report.html").read_text().lower()
+
+
+def test_no_selection_reads_the_truth(data: Path, tmp_path: Path):
+    """Without the truth in the pool everything that is chosen is chosen alike."""
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    for file in data.glob("*"):
+        content = file.read_bytes()
+        assert b'"shuffled": true' in content or not file.stem.isdigit()
+        # The same length: a tar stays a tar.
+        (blind / file.name).write_bytes(
+            content.replace(b'"shuffled": true', b'"shufflex": true').replace(
+                b'"shuffled": false', b'"shufflex": false'
+            )
+        )
+    seeing, blind_found = (run(config(d, tmp_path / name)) for d, name in ((data, "a"), (blind, "b")))
+    assert (tmp_path / "a" / "subset.npy").read_bytes() == (tmp_path / "b" / "subset.npy").read_bytes()
+    for arm in ("random", "rules", "duplicates", "score", "subset", "mgd"):
+        assert blind_found[f"recall_{arm}"] == seeing[f"recall_{arm}"]
+    assert "recall_oracle" not in blind_found
+    assert not any(name.startswith("mismatched") for name in blind_found)
+
+
+def test_faults_are_said_and_shown(data: Path, tmp_path: Path, capsys):
+    hurt = tmp_path / "hurt"
+    hurt.mkdir()
+    for file in data.glob("*"):
+        (hurt / file.name).write_bytes(file.read_bytes())
+    bad = [("000009000.png", b"no image"), *digit(1700)[1:], ("../evil.txt", b"x")]
+    write_tar(hurt / "00000002.tar", [(name.replace("000001700", "000009000"), content) for name, content in bad])
+    found = run(replace(config(hurt, tmp_path / "run"), meta_steps=1))
+    assert found["pairs"] == 96
+    err = capsys.readouterr().err
+    for text in (err, (tmp_path / "run" / "report.html").read_text()):
+        assert "1 x unreadable image (00000002.tar:000009000" in text
+        assert "1 x unsafe name (00000002.tar:../evil.txt" in text
+
+
+def prepared(data: Path) -> Prepared:
+    return prepare(config(data))
+
+
+def test_validation_pairs_are_split_and_variants_left_out(data: Path, tmp_path: Path):
+    task = prepared(data)
+    assert (len(task.pool), len(task.val), len(task.test)) == (96, 40, 40)
+    assert set(task.target.uids) | set(task.held_out.uids) == set(task.val.uids)
+    assert len(task.target) == 26
+    assert not set(task.test.uids) & (set(task.val.uids) | set(task.pool.uids))
+    other = write_pool(tmp_path / "other")
+    variants = [digit(1000 + n, skin_tone=tone) for n, tone in enumerate(["1F3FB", None, None, None, None, "x"])]
+    write_tar(other / "test.tar", [m for members in variants for m in members])
+    assert prepared(other).test.uids == tuple(uid(1000 + n) for n in (1, 2, 3, 4))
+
+
+def test_the_objectives_follow_a_training(data: Path):
+    task = prepared(data)
+    matched = np.flatnonzero([not shuffled for shuffled in task.pool.column("shuffled")])
+    trainer = PairTrainer(replace(RECIPE, steps=60))
+    training = trainer.training(task.arrays, 0, rows=matched)
+    state = mg.train(training, {})
+    for kind in ("fitted", "learnt", "fixed", "rank"):
+        objective = trainer.objective(task.pool.take(matched[:30]), kind)
+        assert objective(state, {}) < objective(training.initial({}), {})
+    fitted = trainer.objective(task.val, "fitted")(state, {})
+    for kind in ("learnt", "fixed"):
+        assert fitted <= trainer.objective(task.val, kind)(state, {}) + 1e-3
+
+
+def test_the_fitted_scale_is_a_minimum_so_that_its_derivative_may_be_left_out():
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(30, 8))
+    v = u + 0.7 * rng.normal(size=(30, 8))
+    u, v = (jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32) for x in (u, v))
+    scale = float(fitted_scale(u, v))
+    assert 3 < scale < 100
+
+    def at(s: float) -> float:
+        return float(contrastive_losses(u, v, s).mean())
+
+    assert at(scale) <= min(at(0.8 * scale), at(1.25 * scale))
+    moved = jax.grad(lambda u: contrastive_losses(u, v, fitted_scale(u, v)).mean())(u)
+    held = jax.grad(lambda u: contrastive_losses(u, v, scale).mean())(u)
+    np.testing.assert_array_equal(moved, held)
+
+
+def test_recalls_and_soft_ranks_count():
+    scores = np.array([[0.9, 0.1, 0.0], [0.8, 0.5, 0.1], [0.3, 0.2, 0.7]], np.float32)
+    # Texts as axes: a score is an image's coordinate.
+    found = recalls(scores, np.eye(3, dtype=np.float32))
+    assert found["image_to_text_at_1"] == pytest.approx(2 / 3)
+    assert found["text_to_image_at_1"] == 1
+    assert found["image_to_text_at_5"] == 1
+    assert found["recall"] == pytest.approx((2 / 3 + 5) / 6)
+    sharp = soft_rank(jnp.asarray(scores), jnp.eye(3), 1e-3)
+    assert float(sharp) == pytest.approx(np.log(2) / 6, abs=1e-4)
+    tied = recalls(np.ones((12, 2)), np.ones((12, 2)))
+    assert tied["recall"] == 0
+
+
+def test_zero_shot_goes_by_the_mean_of_a_groups_names(tmp_path: Path):
+    names = np.array([[1, 0], [0.8, 0.6], [0, 1]])
+    images = np.array([[0.9, 0.4], [0, 1], [1, 0]])
+    assert zero_shot(images, names, np.array([0, 0, 1]), np.array([0, 1, 1])) == pytest.approx(2 / 3)
+    file = tmp_path / "classes.json"
+    assert load_names(file) is None
+    file.write_text('{"groups": ["Flags", "Food"], "subgroups": {"Flags": ["country-flag"]}}')
+    found = load_names(file)
+    assert found is not None
+    assert found.texts == ("Flags", "country flag", "Food")
+    assert found.of.tolist() == [0, 0, 1]
+    for bad in ("[1]", "{", '{"groups": 3}'):
+        file.write_text(bad)
+        with pytest.raises(DataError, match=r"classes\.json"):
+            load_names(file)
+
+
+def test_filters(tmp_path: Path):
+    captions = [
+        "a fine red ball",
+        "ball",
+        "ein schöner Ball",
+        "12 34 5678 9",
+        "猫 と 犬 です",
+        "a b c",
+        "A fine RED ball!",
+    ]
+    members = [digit(n, caption) for n, caption in enumerate(captions)]
+    members.append([(f"{7:09d}.png", members[0][0][1]), *digit(7, "another caption")[1:]])
+    write_tar(tmp_path / "0.tar", [m for of_pair in members for m in of_pair])
+    pool = load_pool(tmp_path, 8)
+    assert CaptionRules()(pool).tolist() == [True, False, True, False, False, False, True, False]
+    assert CaptionRules(words=1, characters=1, letters=0)(pool).all()
+    kept = without_duplicates(pool)
+    assert kept.tolist() == [True] * 6 + [False, False]
+    assert highest(np.array([0.1, 0.5, 0.5, -1]), 0.5).tolist() == [False, True, True, False]
+    with pytest.raises(ConfigError, match="share"):
+        highest(np.ones(3), 0)
+
+
+def test_a_setting_is_chosen_by_its_recall_and_one_that_keeps_too_little_is_left_out():
+    masks = [("a", np.arange(5) < 1), ("b", np.arange(5) < 3), ("c", np.arange(5) < 4)]
+    found = chosen(masks, lambda name, rows: {"b": 0.2, "c": 0.1}[name], 2)
+    assert (found.name, found.rows.tolist(), found.recall) == ("b", [0, 1, 2], 0.2)
+    assert chosen(masks[2:], lambda name, rows: 1 / 0, 2).name == "c"
+    with pytest.raises(ConfigError, match="fewer pairs than a batch"):
+        chosen(masks[:1], lambda name, rows: 1.0, 2)
+
+
+def test_figures_pair_arms_by_seed():
+    def rows(*recalls: float) -> list[dict[str, float]]:
+        return [{"recall": r, "image_to_text_at_1": r / 2} for r in recalls]
+
+    measured = {"all": rows(0.1, 0.3), "random": rows(0.1, 0.2), "score": rows(0.2, 0.4), "mgd": rows(0.3, 0.6)}
+    found = figures(measured)
+    assert found["gain_score"] == pytest.approx(0.1)
+    assert found["gain_error_score"] == pytest.approx(0)
+    assert found["error_score"] == pytest.approx(0.1)
+    assert found["best_baseline_gain"] == pytest.approx(0.1)
+    assert found["gain_ratio"] == pytest.approx(2.5)
+    assert found["image_to_text_at_1_mgd"] == pytest.approx(0.225)
+    assert Arm(np.array([0, 2, 2]), np.array([0.5, 1, 2])).share(3).tolist() == [0.5, 0, 1]
+
+
+def test_presets_are_read():
+    tiny = parse("select-clip", ClipSelection(), ["--preset", "tiny"])
+    assert tiny.recipe.size == 32
+    paper = parse("select-clip", ClipSelection(), ["--preset", "paper-datacomp-small"])
+    assert (paper.recipe.batch, paper.recipe.steps, paper.at, paper.meta_steps) == (4096, 3125, 2800, 40)
+    assert paper.method == "counts"
+    model = jax.eval_shape(PairTrainer(paper.recipe).model.init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(model)) > 1.4e8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "needs --data"),
+        ({"target_share": 1.0}, "target_share"),
+        ({"meta_steps": 0}, "at least 1"),
+        ({"score_steps": (99,)}, "score_steps"),
+        ({"score_shares": (0.0,)}, "score_shares"),
+        ({"method": "counts", "at": 11}, "at must be in"),
+        ({"limit": 10}, "fewer than a batch"),
+        ({"val": "absent.tar"}, r"absent\.tar is absent"),
+        ({"recipe": replace(RECIPE, patch=3)}, "can't be halved"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_said_before_compute(data: Path, tmp_path: Path, changes, message):
+    with pytest.raises(MetagradientError, match=message):
+        run(replace(config(data, tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
