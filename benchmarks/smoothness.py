@@ -1,9 +1,9 @@
 """Smoothness of ResNet-9 recipes on CIFAR-10 averaged to 16x16: tables and figures of docs/smoothness.md.
 
-    python benchmarks/smoothness.py --data DIR [--runs runs/smoothness] [--out docs] [--part recipes]
+    python benchmarks/smoothness.py --data DIR [--runs runs/smoothness] [--out docs] [--parts recipes standard]
 
-About 50 minutes on one core. What the files under --runs hold is not run again; --part (recipes, standard, scaled,
-adam, rates, close) fills one of them and prints no document.
+About 50 minutes on one core. What the files under --runs hold is not run again; --parts names those that are wanted
+(recipes, standard, scaled, adam, rates, close), and without it all are. The document tells of them.
 """
 
 import argparse
@@ -126,29 +126,39 @@ def accuracy_difference(found: Sweep) -> str:
 
 def everything(found: dict[str, Sweep]) -> Sweep:
     """The recipes of the big table."""
-    return Sweep([outcome for name in ("recipes", "scaled", "standard", "adam") for outcome in found[name]])
+    return Sweep([o for name in ("recipes", "scaled", "standard", "adam") for o in found.get(name, Sweep([]))])
+
+
+def smooth_and_standard(close: Sweep) -> list[str]:
+    return [
+        "## Smooth and standard",
+        "",
+        f"Each at its own learning rate. Test accuracy of the smooth recipe less the standard one's: "
+        f"{accuracy_difference(close)}.",
+        "",
+        *table(
+            ("recipe", "directions", "h", "Def. 2 (95 %)", "noise: mean, 97.5 %", "Def. 1", "test accuracy"),
+            close_rows(close),
+        ),
+    ]
+
+
+def by_rate(found: Sweep) -> list[str]:
+    rates = [[f"{o.knobs['rate']:g}", *cells_of(o)] for o in found]
+    header = ("rate", *HEADER[:1], *HEADER[2:6])
+    return ["## By learning rate", "", *table(header, [[r[0], r[1], *r[3:7]] for r in rates])]
 
 
 def document(found: dict[str, Sweep]) -> list[str]:
     together = everything(found)
     measured = correlation(together)
     assert measured is not None
-    rates = [[f"{o.knobs['rate']:g}", *cells_of(o)] for o in found["rates"]]
-    header = ("rate", *HEADER[:1], *HEADER[2:6])
     return [
         "# Smoothness of ResNet-9 recipes",
         "",
         INTRODUCTION,
         "",
-        "## Smooth and standard",
-        "",
-        f"Each at its own learning rate. Test accuracy of the smooth recipe less the standard one's: "
-        f"{accuracy_difference(found['close'])}.",
-        "",
-        *table(
-            ("recipe", "directions", "h", "Def. 2 (95 %)", "noise: mean, 97.5 %", "Def. 1", "test accuracy"),
-            close_rows(found["close"]),
-        ),
+        *(smooth_and_standard(found["close"]) if "close" in found else []),
         "## One knob at a time",
         "",
         *table(HEADER, [cells_of(o) for o in together]),
@@ -159,9 +169,7 @@ def document(found: dict[str, Sweep]) -> list[str]:
         "",
         "![gain by smoothness](smoothness-gains.svg)",
         "",
-        "## By learning rate",
-        "",
-        *table(header, [[r[0], r[1], *r[3:7]] for r in rates]),
+        *(by_rate(found["rates"]) if "rates" in found else []),
         "## The loss along the metagradient",
         "",
         "![losses along the metagradient](smoothness-landscapes.svg)",
@@ -198,14 +206,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/smoothness"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--part", choices=("recipes", "standard", "scaled", "adam", "rates", "close"))
+    parser.add_argument("--parts", nargs="+", choices=("recipes", "standard", "scaled", "adam", "rates", "close"))
     given = parser.parse_args()
     bench = load(replace(CONFIG, data=given.data))
     ways = parts(bench, given.runs)
-    if given.part:
-        ways[given.part]()
-        return
-    found = {name: way() for name, way in ways.items()}
+    found = {name: ways[name]() for name in given.parts or ways}
     text = "\n".join(document(found))
     print(text)
     if given.out:
