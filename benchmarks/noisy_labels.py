@@ -1,6 +1,6 @@
 """Wrong labels of CIFAR-10N, seed by seed: runs `metagradient select --task labels`, writes docs/noisy_labels.md.
 
-    python benchmarks/noisy_labels.py --data DIR [--labels worse random1] [--seeds 3] [--runs runs/noisy-labels] [--out docs]
+    python benchmarks/noisy_labels.py --data DIR [--labels worse random1] [--seeds 3] [--runs DIR] [--out docs]
 
 DIR holds CIFAR-10 and CIFAR-10N in Parquet. A seed takes about six minutes on one core; runs that are there are gone on
 with, or only read.

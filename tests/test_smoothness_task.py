@@ -70,6 +70,7 @@ def test_recipes_are_named_by_what_they_change():
     ]  # fmt: skip
     assert SmoothnessProbe(choices=Choices((), (), (), ())).recipes()[:2] == [{}, ROUGH]
     assert name(ROUGH) == "standard"
+    assert name({"widths": [4, 8, 16]}) == name({"widths": (4, 8, 16)}) == "smooth, widths 4-8-16"
     assert name({k: v for k, v in ROUGH.items() if k != "pooling"} | {"batch": 500}) == (
         "standard, average pooling, batch 500"
     )

@@ -51,8 +51,13 @@ def name(knobs: Knobs) -> str:
     changes = {k: v for k, v in knobs.items() if not (standard and k in rough)}
     if standard:
         changes = {**{k: _SMOOTH[k] for k in ROUGH if k not in rough}, **changes}
-    words = [_WORDS.get((k, v), f"{k.replace('_', ' ')} {v}") for k, v in changes.items()]
-    return ", ".join(["standard" if standard else "smooth", *words])
+    return ", ".join(["standard" if standard else "smooth", *(_worded(k, v) for k, v in changes.items())])
+
+
+def _worded(knob: str, value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"{knob.replace('_', ' ')} {'-'.join(map(str, value))}"
+    return _WORDS.get((knob, value), f"{knob.replace('_', ' ')} {value}")
 
 
 def row_of(outcome: Outcome, kind: str) -> dict[str, Any] | None:
