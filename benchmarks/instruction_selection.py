@@ -1,6 +1,6 @@
 """Writes `docs/instruction_selection.md` from the directories of finished runs.
 
-    python benchmarks/instruction_selection.py --small RUN... --pretrained RUN --out docs
+    python benchmarks/instruction_selection.py --small RUN --agreement FILE [--pretrained RUN] --out docs
 
 The runs: `metagradient select --task instruction --data DIR --text DIR`, and the same with `--model` and
 `--preset smollm2-135m`. Logits of that model beside `transformers`' come from `--agreement FILE`, a JSON dictionary.
@@ -61,17 +61,28 @@ def described(run: RunDirectory, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {flat[name]}" for name in names if name in flat)
 
 
+def pretrained(path: Path | None, settings: Sequence[str]) -> str:
+    """What a run on a pre-trained model gave."""
+    if path is None:
+        return (
+            "`metagradient select --task instruction --preset smollm2-135m --data DIR --model FILE.gguf` runs it; it "
+            "was not made."
+        )
+    run = RunDirectory.read(path)
+    assert run.figures is not None
+    return f"{markdown(results(run.figures))}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", type=Path, required=True)
-    parser.add_argument("--pretrained", type=Path, required=True)
+    parser.add_argument("--pretrained", type=Path, help="without it, the page says that this run is to be made")
     parser.add_argument("--agreement", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
-    small, large = RunDirectory.read(given.small), RunDirectory.read(given.pretrained)
+    small = RunDirectory.read(given.small)
     agreement = json.loads(given.agreement.read_text())
     assert small.figures is not None
-    assert large.figures is not None
     settings = (
         *("method", "share", "meta_steps", "exchanged", "drawn", "at", "tuning.steps", "tuning.batch", "tuning.length"),
         *("tuning.learning_rate", "tuning.lora_rank", "less_epochs", "less_share", "fresh"),
@@ -91,9 +102,7 @@ def main() -> None:
         cut_pool=f"{small.figures['cut_pool']:.0%}",
         cut_test=f"{small.figures['cut_test']:.0%}",
         length=small.config["tuning"]["length"],
-        results_large=markdown(results(large.figures)),
-        settings_large=described(large, ("candidates", "tests", "aim", *settings)),
-        cost_large=cost(large),
+        large=pretrained(given.pretrained, ("candidates", "tests", "aim", *settings)),
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, "
         f"jax {small.versions['jax']}, metagradient {version('metagradient')}",
     )
