@@ -119,8 +119,8 @@ def main() -> None:
     given = parser.parse_args()
     config = parse("select-clip", ClipSelection(), ["--preset", given.preset, "--data", str(given.data)])
     given.runs.mkdir(parents=True, exist_ok=True)
-    ordered = orders(given.runs / "orders.jsonl", prepare(config), STEPS, given.seeds)
     directory = made(given.runs / given.preset, config)
+    ordered = orders(given.runs / "orders.jsonl", prepare(config), STEPS, given.seeds)
     result = directory.figures
     assert result is not None
     (given.out / "clip_selection-curves.svg").write_bytes(curves(directory).content)
