@@ -166,11 +166,11 @@ def reached(found: Sweep) -> str:
     rough = max(row["score"] for row in rows["standard"] if row)
     best, standard = (o.accuracies for o in (found.outcomes[0], *(o for o in found if o.knobs == ROUGH)))
     d = 100 * (np.array(best) - np.array(standard))
+    difference = f"{d.mean():+.1f} ± {d.std(ddof=1) / len(d) ** 0.5:.1f}"
     return (
         f"Wanted were 0.95 along examples and 0.85 along classes: {'; '.join(smooth) or 'none'} reach both. "
         f"The standard recipe was to stay below 0.15, and reads {rough:.2f} at most. The first recipe less the "
-        f"standard one, each at its own learning rate: {d.mean():+.1f} ± {d.std(ddof=1) / len(d) ** 0.5:.1f} points of accuracy, "
-        "paired by seed."
+        f"standard one, each at its own learning rate: {difference} points of accuracy, paired by seed."
     )
 
 
