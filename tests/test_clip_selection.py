@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ from metagradient.models.clip import contrastive_losses
 from metagradient.report.page import render
 from metagradient.tasks.clip_baselines import CaptionRules, chosen, highest, without_duplicates
 from metagradient.tasks.clip_page import page
-from metagradient.tasks.clip_selection import ClipSelection, Prepared, figures, prepare, run
+from metagradient.tasks.clip_rater import feature_names, features, rated
+from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, run
 from metagradient.tasks.clip_training import PairRecipe, PairTrainer, fitted_scale, recalls, soft_rank, zero_shot
-from metagradient.tasks.clip_trials import Arm, load_names
+from metagradient.tasks.clip_trials import Arm, figures, load_names
 from metagradient.tasks.directory import RunDirectory
 
 RECIPE = PairRecipe(
@@ -32,8 +34,8 @@ RECIPE = PairRecipe(
 
 def config(data: Path, out: Path | None = None, **changes: Any) -> ClipSelection:
     return ClipSelection(
-        data=data, out=out, recipe=RECIPE, meta_steps=3, score_steps=(8,), score_shares=(0.5, 0.8), rule_words=(1, 3),
-        choosing=1, fresh=2, **changes,
+        data=data, out=out, recipe=RECIPE, meta_steps=3, rate=0.5, score_steps=(8,), score_shares=(0.5, 0.8),
+        rule_words=(1, 3), choosing=1, fresh=2, **changes,
     )  # fmt: skip
 
 
@@ -42,14 +44,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pool(tmp_path_factory.mktemp("data") / "pool")
 
 
+@pytest.fixture(scope="module")
+def trained(data: Path) -> tuple[Prepared, PairTrainer, mg.TrainState]:
+    """A longer training on the whole pool."""
+    task, trainer = prepare(config(data)), PairTrainer(replace(RECIPE, steps=60))
+    ones = {"weights": mg.PerExample(jnp.ones(len(task.pool)))}
+    return task, trainer, mg.train(trainer.training(task.arrays, 0), ones)
+
+
+@pytest.fixture(scope="module")
+def weighed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run by a rater and weights, which is the default."""
+    out = tmp_path_factory.mktemp("weighed") / "run"
+    run(config(data, out))
+    return out
+
+
+def figures_of(directory: Path) -> dict[str, float]:
+    return json.loads((directory / "result.json").read_text())
+
+
 def same(a: dict[str, float], b: dict[str, float]) -> None:
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
-def test_a_run_weighs_the_pool_and_fills_its_directory(data: Path, tmp_path: Path, capsys):
-    out = tmp_path / "run"
-    found = run(config(data, out))
-    assert json.loads((out / "result.json").read_text()) == found
+def test_a_run_weighs_the_pool_and_fills_its_directory(weighed: Path):
+    out, found = weighed, figures_of(weighed)
     assert found["pairs"] == 96
     arms = ("all", "random", "rules", "duplicates", "score", "subset", "mgd", "oracle")
     for arm in arms:
@@ -67,7 +87,7 @@ def test_a_run_weighs_the_pool_and_fills_its_directory(data: Path, tmp_path: Pat
     with np.load(out / "weights.npz") as saved:
         counts = dict(zip(saved["uids"].tolist(), saved["counts"].tolist(), strict=True))
         assert saved["weights"].min() >= 0
-        assert saved["weights"].max() <= 2
+        assert saved["weights"].max() <= 4
         assert np.ptp(saved["weights"]) > 0.3
         np.testing.assert_array_equal(saved["counts"], np.rint(saved["weights"]))
     listed = read_uids(out / "subset.npy")
@@ -75,15 +95,20 @@ def test_a_run_weighs_the_pool_and_fills_its_directory(data: Path, tmp_path: Pat
     assert {u: listed.count(u) for u in set(listed)} == {u: c for u, c in counts.items() if c}
     text = (out / "report.html").read_text()
     assert "MGD&#39;s weights" in text
+    assert "cosine after 8 steps" in text
     assert "<script" not in text
-    assert "CLIP-score filter" in capsys.readouterr().out
     assert render(page(RunDirectory.read(out))) == text
 
-    # Killed in its trials: gone on with, it comes to the same, and trains only what is missing.
+
+def test_a_run_that_was_killed_in_its_trials_goes_on_to_the_same(data: Path, weighed: Path, tmp_path: Path, capsys):
+    out, found = tmp_path / "run", figures_of(weighed)
+    copytree(weighed, out)
+    # Gone on with, it trains only what is missing.
     (out / "result.json").unlink()
     lines = (out / "trainings.jsonl").read_text().splitlines(keepends=True)
     (out / "trainings.jsonl").write_text("".join(lines[:-3]) + lines[-3][:20])
     same(run(config(data, out), resume=True), found)
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
     assert (out / "trainings.jsonl").read_text() == "".join(lines)
 
 
@@ -101,7 +126,7 @@ def test_a_run_counts_the_pool_by_algorithm_1(data: Path, tmp_path: Path):
     assert "a count" in (out / "report.html").read_text().lower()
 
 
-def test_no_selection_reads_the_truth(data: Path, tmp_path: Path):
+def test_no_selection_reads_the_truth(data: Path, weighed: Path, tmp_path: Path):
     """Without the truth in the pool everything that is chosen is chosen alike."""
     blind = tmp_path / "blind"
     blind.mkdir()
@@ -114,12 +139,13 @@ def test_no_selection_reads_the_truth(data: Path, tmp_path: Path):
                 b'"shuffled": false', b'"shufflex": false'
             )
         )
-    seeing, blind_found = (run(config(d, tmp_path / name)) for d, name in ((data, "a"), (blind, "b")))
-    assert (tmp_path / "a" / "subset.npy").read_bytes() == (tmp_path / "b" / "subset.npy").read_bytes()
+    out, seeing = tmp_path / "run", figures_of(weighed)
+    found = run(config(blind, out))
+    assert (out / "subset.npy").read_bytes() == (weighed / "subset.npy").read_bytes()
     for arm in ("random", "rules", "duplicates", "score", "subset", "mgd"):
-        assert blind_found[f"recall_{arm}"] == seeing[f"recall_{arm}"]
-    assert "recall_oracle" not in blind_found
-    assert not any(name.startswith("mismatched") for name in blind_found)
+        assert found[f"recall_{arm}"] == seeing[f"recall_{arm}"]
+    assert "recall_oracle" not in found
+    assert not any(name.startswith("mismatched") for name in found)
 
 
 def test_faults_are_said_and_shown(data: Path, tmp_path: Path, capsys):
@@ -129,8 +155,10 @@ def test_faults_are_said_and_shown(data: Path, tmp_path: Path, capsys):
         (hurt / file.name).write_bytes(file.read_bytes())
     bad = [("000009000.png", b"no image"), *digit(1700)[1:], ("../evil.txt", b"x")]
     write_tar(hurt / "00000002.tar", [(name.replace("000001700", "000009000"), content) for name, content in bad])
-    found = run(replace(config(hurt, tmp_path / "run"), meta_steps=1))
+    found = run(config(hurt, tmp_path / "run", method="weights"))
     assert found["pairs"] == 96
+    with np.load(tmp_path / "run" / "weights.npz") as saved:
+        assert str(saved["rater"]) == "{}"
     err = capsys.readouterr().err
     for text in (err, (tmp_path / "run" / "report.html").read_text()):
         assert "1 x unreadable image (00000002.tar:000009000" in text
@@ -153,15 +181,15 @@ def test_validation_pairs_are_split_and_variants_left_out(data: Path, tmp_path: 
     assert prepared(other).test.uids == tuple(uid(1000 + n) for n in (1, 2, 3, 4))
 
 
-def test_the_objectives_follow_a_training(data: Path):
-    task = prepared(data)
-    matched = np.flatnonzero([not shuffled for shuffled in task.pool.column("shuffled")])
-    trainer = PairTrainer(replace(RECIPE, steps=60))
-    training = trainer.training(task.arrays, 0, rows=matched)
-    state = mg.train(training, {})
-    for kind in ("fitted", "learnt", "fixed", "rank"):
-        objective = trainer.objective(task.pool.take(matched[:30]), kind)
-        assert objective(state, {}) < objective(training.initial({}), {})
+def test_the_objectives_follow_a_training(trained):
+    task, trainer, state = trained
+    matched, initial = (
+        task.pool.take(np.flatnonzero(~task.mismatched)[:30]),
+        trainer.training(task.arrays, 0).initial({}),
+    )
+    for kind in ("fitted", "rank"):
+        objective = jax.jit(trainer.objective(matched, kind))
+        assert objective(state, {}) < objective(initial, {})
     fitted = trainer.objective(task.val, "fitted")(state, {})
     for kind in ("learnt", "fixed"):
         assert fitted <= trainer.objective(task.val, kind)(state, {}) + 1e-3
@@ -213,6 +241,31 @@ def test_zero_shot_goes_by_the_mean_of_a_groups_names(tmp_path: Path):
         file.write_text(bad)
         with pytest.raises(DataError, match=r"classes\.json"):
             load_names(file)
+
+
+def test_a_rater_goes_by_features_that_tell_mismatched_pairs(trained):
+    task, trainer, state = trained
+    vectors = trainer.embedded_arrays(state, task.arrays)
+    table = features(task.pool, [vectors], trainer.embedded(state, task.target), 0)
+    names = feature_names([60])
+    assert table.shape == (96, len(names))
+    np.testing.assert_allclose(table.mean(0), 0, atol=0.1)
+    assert np.abs(table).max() <= 3
+    assert np.isfinite(table).all()
+    wrong = task.pool.column("shuffled").astype(bool)
+    cosine = table[:, names.index("cosine after 60 steps")]
+    assert cosine[wrong].mean() < cosine[~wrong].mean() - 0.2
+    np.testing.assert_allclose(rated(jnp.asarray(table), jnp.zeros(len(names))), 1)
+    # The gradient of a rater is that of weights through the rater.
+    training = trainer.training({**task.arrays, "features": table}, 1, steps=5)
+    objective = trainer.objective(task.val)
+    rater = jnp.linspace(-0.1, 0.1, len(names))
+    _, found = mg.value_and_metagrad(training, objective)({"rater": rater})
+    weights, pull_back = jax.vjp(lambda r: rated(jnp.asarray(table), r), rater)
+    plain = trainer.training(task.arrays, 1, steps=5)
+    _, of_weights = mg.value_and_metagrad(plain, objective)({"weights": mg.PerExample(weights)})
+    (expected,) = pull_back(of_weights["weights"].value)
+    np.testing.assert_allclose(found["rater"], expected, atol=1e-3 * float(jnp.abs(expected).max()))
 
 
 def test_filters(tmp_path: Path):

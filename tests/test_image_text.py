@@ -14,11 +14,11 @@ from tars import DIGITS, digit, info, png, uid, write_tar
 
 from metagradient.data.captions import HashedWords, words
 from metagradient.data.image_text import load_pool, pair_batches, read_pairs, read_uids, write_uids
-from metagradient.data.shards import Fault, Faults
+from metagradient.data.shards import Fault, FaultKind, Faults
 from metagradient.errors import DataError
 
 
-def kinds(directory: Path) -> dict[str, int]:
+def kinds(directory: Path) -> dict[FaultKind, int]:
     return dict(load_pool(directory, 8).faults.counts)
 
 

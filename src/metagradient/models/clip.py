@@ -255,7 +255,7 @@ class CLIP:
         of_image, of_text, of_projections = jax.random.split(key, 3)
         widths = self.image.width, self.text.width
         image, text = normals(of_projections, [(width, self.embedding) for width in widths], dtype)
-        params = {
+        params: dict[str, Any] = {
             "image": {"tower": self.image.init(of_image, dtype), "projection": image / math.sqrt(self.image.width)},
             "text": {"tower": self.text.init(of_text, dtype), "projection": text / math.sqrt(self.text.width)},
         }

@@ -42,8 +42,10 @@ def arms_table(directory: RunDirectory) -> Table:
     for arm in arms:
         row = [ARMS[arm], str(r[f"pairs_{arm}"]), _with_error(r, "recall", "error", arm)]
         row.append("" if arm == "all" else _with_error(r, "gain", "gain_error", arm, sign="+"))
-        row += [_with_error(r, "group", "group_error", arm)] * grouped
-        row += [f"{r[f'mismatched_{arm}']:.0%}"] * known
+        if grouped:
+            row.append(_with_error(r, "group", "group_error", arm))
+        if known:
+            row.append(f"{r[f'mismatched_{arm}']:.0%}")
         rows.append(tuple(row))
     ours = arms.index("mgd" if "mgd" in arms else "subset")
     caption = "Means over fresh seeds ± one standard error; gains are paired by seed"
@@ -77,7 +79,7 @@ def page(directory: RunDirectory) -> Page:
     settings = json.loads(str(saved["settings"]))
     ours = "mgd" if "recall_mgd" in result else "subset"
     kept = int(np.count_nonzero(saved["counts"]))
-    what = "a weight" if config["method"] == "weights" else "a count"
+    what = "a count" if config["method"] == "counts" else "a weight"
     summary = (
         f"Which of {result['pairs']} image–text pairs should a CLIP be trained on? {what.capitalize()} for each pair "
         "was learnt by differentiating training runs: moved so that a model trained with them does better on a few "
@@ -100,6 +102,8 @@ def page(directory: RunDirectory) -> Page:
         Section("How it got there", figures=(curves(directory),)),
         Section("The pairs at both ends", "Lowest and highest, with their captions.", figures=_ends(saved)),
     ]
+    if rater := json.loads(str(saved["rater"])):
+        sections.insert(3, _rater(rater))
     if "mismatched" in saved:
         sections.insert(3, Section("Where the mismatched pairs went", figures=(_mismatched(saved),)))
     if str(saved["faults"]) != "no faults":
@@ -121,6 +125,17 @@ def page(directory: RunDirectory) -> Page:
             (f"{result['best_baseline_gain']:+.3f}", "gain of the best baseline"),
             (f"{result['training_runs']:.0f}", "training runs' worth of compute"),
         ],
+    )
+
+
+def _rater(rater: Mapping[str, float]) -> Section:
+    rows = [(name, f"{value:+.2f}") for name, value in sorted(rater.items(), key=lambda item: -abs(item[1]))]
+    return Section(
+        "What the rater goes by",
+        "A pair's weight is 2 / (1 + exp(-s / 2)), times its own weight where it has one; s is the sum of its "
+        "features, each of mean 0 and variance 1, times these numbers. Components are directions among "
+        "embeddings of images and of captions: their signs mean nothing.",
+        Table(("feature", "counts for"), rows),
     )
 
 

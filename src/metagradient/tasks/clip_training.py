@@ -17,6 +17,7 @@ from metagradient.errors import ConfigError
 from metagradient.models.clip import CLIP, ConvolutionTower, TextTower, Transformer, VisionTower, contrastive_losses
 from metagradient.models.convolution import Method
 from metagradient.tasks.classifier import one_cycle
+from metagradient.tasks.clip_rater import rated
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
 
@@ -100,8 +101,8 @@ class PairRecipe:
 class PairTrainer:
     """A recipe. Every training that one object makes runs the same compiled programs.
 
-    Metaparameters: `weights` (`PerExample` `[n]`), optional; they multiply each pair's loss, which is half its image's
-    among the texts of the batch and half its text's among the images.
+    Metaparameters, optional: `weights` (`PerExample` `[n]`), which multiply each pair's loss; `rater` (`Shared` `[f]`),
+    which makes further such weights of the pairs' `features`, an array `[n, f]` beside those of `arrays`.
 
     Arguments:
         recipe: how a CLIP is trained.
@@ -157,8 +158,10 @@ class PairTrainer:
         """The loss of a batch, `(params, batch, z) -> scalar`."""
 
         def loss(params: PyTree, batch: PyTree, z: PyTree) -> jax.Array:
-            losses = self.losses(params, None, batch)
-            return jnp.mean(z["weights"] * losses if "weights" in z else losses)
+            weights = z.get("weights", 1.0)
+            if "rater" in z:
+                weights = weights * rated(batch["features"], z["rater"])
+            return jnp.mean(weights * self.losses(params, None, batch))
 
         return loss
 

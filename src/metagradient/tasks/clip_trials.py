@@ -1,6 +1,7 @@
 """Trainings of a CLIP on parts of a pool, each done once and written down."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from metagradient.errors import DataError
 from metagradient.files import append_text, write_text
 from metagradient.metaparameters import PerExample
 from metagradient.run import train
-from metagradient.tasks.clip_training import PairTrainer, recalls, zero_shot
+from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
 from metagradient.tasks.directory import RunDirectory
 from metagradient.training import TrainState
 
@@ -38,6 +39,25 @@ class Arm:
         """How much of each of the pool's n pairs is trained on, float[n] in [0, 1]: weights above 1 count as 1."""
         there = np.minimum(np.bincount(self.rows, minlength=n), 1.0)
         return there if self.weights is None else there * np.minimum(self.weights, 1.0)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model trained on the whole pool, and what it makes of it.
+
+    Arguments:
+        state: its final state.
+        images, texts: unit vectors of the pool, float32[n, embedding] each.
+    """
+
+    state: TrainState
+    images: np.ndarray
+    texts: np.ndarray
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Cosines of image and caption, float32[n]."""
+        return (self.images * self.texts).sum(1)
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class Trials:
         self._rows: dict[tuple[str, int], dict[str, Any]] = {(r["what"], r["seed"]): r for r in read_lines(self._path)}
         # Without a last line that a kill tore.
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
-        self._scored: dict[tuple[int, int], np.ndarray] = {}
+        self._scorers: dict[tuple[int, int], Scorer] = {}
 
     def measured(self, what: str, arm: Arm, seed: int, on: Pool) -> dict[str, float]:
         """Train on an arm, and measure.
@@ -108,7 +128,8 @@ class Trials:
             seed: of initial parameters and order.
             on: clean pairs.
 
-        Returns: `recall` and what it is the mean of; `group`, zero-shot accuracy, where there are names and groups.
+        Returns: `recall` and what it is the mean of; `rank`, as `soft_rank` has it; `group`, zero-shot accuracy, where
+            there are names and groups.
 
         Cost: a training, unless it was done before.
         """
@@ -119,17 +140,15 @@ class Trials:
             append_text(self._path, json.dumps(row) + "\n")
         return {k: v for k, v in self._rows[what, seed].items() if isinstance(v, float)}
 
-    def scores(self, seed: int, steps: int) -> np.ndarray:
-        """Cosines of image and caption in a model trained on the whole pool for so many steps, float32[n].
+    def scorer(self, seed: int, steps: int) -> Scorer:
+        """A model trained on the whole pool for so many steps.
 
         Cost: a training; remembered, but not written down.
         """
-        if (seed, steps) not in self._scored:
-            n = len(self._arrays["text"])
-            state = self._trained(Arm(np.arange(n)), seed, steps)
-            images, texts = self._trainer.embedded_arrays(state, self._arrays)
-            self._scored[seed, steps] = (images * texts).sum(1)
-        return self._scored[seed, steps]
+        if (seed, steps) not in self._scorers:
+            state = self._trained(Arm(np.arange(len(self._arrays["text"]))), seed, steps)
+            self._scorers[seed, steps] = Scorer(state, *self._trainer.embedded_arrays(state, self._arrays))
+        return self._scorers[seed, steps]
 
     def _trained(self, arm: Arm, seed: int, steps: int | None = None) -> TrainState:
         n = len(self._arrays["text"])
@@ -139,10 +158,36 @@ class Trials:
 
     def _measure(self, state: TrainState, on: Pool) -> dict[str, float]:
         images, texts = self._trainer.embedded(state, on)
-        found = recalls(images, texts)
+        found = {**recalls(images, texts), "rank": float(soft_rank(jnp.asarray(images), jnp.asarray(texts)))}
         if self._names is not None:
             truth = self._names.truth(on)
             if (truth >= 0).any():
                 names = self._trainer.embedded_texts(state, list(self._names.texts))
                 found["group"] = zero_shot(images[truth >= 0], names, self._names.of, truth[truth >= 0])
         return found
+
+
+def figures(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Flat figures of what was measured by arm, a fresh seed each, the same seeds for all: see `run`."""
+    found: dict[str, float] = {}
+    for arm, of_arm in measured.items():
+        recall, base = (np.array([m["recall"] for m in rows]) for rows in (of_arm, measured["all"]))
+        found |= {f"recall_{arm}": float(recall.mean()), f"error_{arm}": _error(recall)}
+        found |= {f"gain_{arm}": float((recall - base).mean()), f"gain_error_{arm}": _error(recall - base)}
+        if "group" in of_arm[0]:
+            group = np.array([m["group"] for m in of_arm])
+            found |= {f"group_{arm}": float(group.mean()), f"group_error_{arm}": _error(group)}
+        for name in of_arm[0]:
+            if "_at_" in name:
+                found[f"{name}_{arm}"] = float(np.mean([m[name] for m in of_arm]))
+    baselines = [found[f"gain_{arm}"] for arm in ("random", "rules", "duplicates", "score") if arm in measured]
+    found["best_baseline_gain"] = max(baselines)
+    ours = found["gain_mgd" if "mgd" in measured else "gain_subset"]
+    # A baseline that gains nothing makes no ratio.
+    found["gain_ratio"] = ours / max(baselines) if max(baselines) > 0 else float("inf")
+    return found
+
+
+def _error(values: np.ndarray) -> float:
+    """The standard error of a mean over seeds; 0 for one seed, which has none."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -1,0 +1,163 @@
+"""The descent of a filtering of an image–text pool: what each pair is worth, by weights, by a rater, or by counts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from metagradient.descent import updates
+from metagradient.descent.loop import Descent, descend
+from metagradient.files import replace_file
+from metagradient.metaparameters import PerExample
+from metagradient.surrogate import CountSurrogate
+from metagradient.tasks.clip_rater import feature_names, features, rated
+from metagradient.tasks.clip_setup import Prepared, at
+from metagradient.tasks.clip_trials import Arm, Trials
+from metagradient.tasks.directory import RunDirectory
+from metagradient.training import Training
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a descent came to by some meta-step.
+
+    Arguments:
+        step: meta-steps taken by then.
+        weights: float32[n], weights or counts.
+        rater: what each feature counts for, by name; empty for a descent without a rater.
+    """
+
+    step: int
+    weights: np.ndarray
+    rater: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A pool once through in batches, in a fixed random order, so that each pair's negatives are of all kinds."""
+
+    arrays: Mapping[str, np.ndarray]
+    order: np.ndarray
+    batch: int
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(self.order), self.batch):
+            index = self.order[start : start + self.batch]
+            yield {**{name: array[index] for name, array in self.arrays.items()}, "index": index}
+
+
+def learnt(task: Prepared, trials: Trials, scoring: int, choosing: Sequence[int], directory: RunDirectory) -> Learnt:
+    """Descend, or go on with the descent that the directory holds.
+
+    Every meta-step trains from another seed, and seeds differ by more than meta-steps do. So four of them are tried
+    again, all from the same seeds, and that of the lowest log rank of held-out pairs is taken.
+
+    Arguments:
+        scoring: seed of the models that a rater's features are of.
+        choosing: seeds by which the meta-step is chosen.
+    """
+    c, n = task.config, len(task.pool)
+    if c.method == "counts":
+        start = {"counts": PerExample(jnp.ones(n))}
+        found = [
+            Learnt(step, z["counts"], {})
+            for step, z in _descended(task, directory, _surrogate(task), start, updates.counts(c.flip, c.seed)).items()
+        ]
+    else:
+        found = _by_weights(task, trials, scoring, directory)
+
+    def rank(one: Learnt) -> float:
+        rows, weights = np.arange(n), one.weights
+        arm = Arm(np.repeat(rows, weights.astype(int))) if c.method == "counts" else Arm(rows, weights)
+        what = f"held-out pairs after meta-step {one.step}"
+        return float(np.mean([trials.measured(what, arm, seed, task.held_out)["rank"] for seed in choosing]))
+
+    return min(found, key=rank)
+
+
+def _by_weights(task: Prepared, trials: Trials, scoring: int, directory: RunDirectory) -> list[Learnt]:
+    """Descents in a weight for each pair, in a rater, or in both, whose weights are multiplied."""
+    c, n, arrays = task.config, len(task.pool), task.arrays
+    start, names = {}, []
+    if c.method != "weights":
+        arrays, names = {**arrays, "features": _features(task, trials, scoring)}, feature_names(c.score_steps)
+        start["rater"] = jnp.zeros(len(names))
+    if c.method != "rater":
+        start["weights"] = PerExample(jnp.ones(n))
+
+    def training(seed: int) -> Training:
+        return task.trainer.training(arrays, seed)
+
+    update = updates.normalised(optax.linear_schedule(c.rate, c.final_rate, max(1, c.meta_steps - 1)), c.momentum)
+    bounded = partial(_bounded, most=c.most)
+    found = []
+    for step, z in _descended(task, directory, training, start, update, window=c.window, project=bounded).items():
+        weights = z.get("weights", np.ones(n, np.float32))
+        if "rater" in z:
+            weights = weights * np.asarray(rated(jnp.asarray(arrays["features"]), jnp.asarray(z["rater"])))
+        found.append(Learnt(step, weights, dict(zip(names, z["rater"].tolist(), strict=True)) if names else {}))
+    return found
+
+
+def _bounded(z: dict[str, Any], most: float) -> dict[str, Any]:
+    return {name: updates.box(0, most)(value) if name == "weights" else value for name, value in z.items()}
+
+
+def _descended(
+    task: Prepared, directory: RunDirectory, training: Any, start: Any, update: Any, **options: Any
+) -> dict[int, dict[str, np.ndarray]]:
+    """Metaparameters after each quarter of the meta-steps, by meta-step; files keep them."""
+    c, trainer = task.config, task.trainer
+    descent = descend(
+        training, trainer.objective(task.target, c.objective), start, update, c.meta_steps, seeds=c.seeds,
+        held_out=trainer.objective(task.held_out, c.objective), seed=c.seed, out=directory.path, **options,
+    )  # fmt: skip
+    files = {-(-c.meta_steps * quarter // 4): directory / f"z-{quarter}.npz" for quarter in (1, 2, 3, 4)}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
+        while True:
+            # Before the next meta-step: a run that is killed here still has them when it goes on.
+            if descent.step in files and not files[descent.step].exists():
+                replace_file(files[descent.step], partial(_save, descent))
+            record = next(descent, None)
+            if record is None:
+                break
+            progress.update(bar, advance=1, description=f"meta-steps (objective on the target {record.value:.3f})")
+    return {step: dict(np.load(file)) for step, file in files.items()}
+
+
+def _save(descent: Descent, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            **{name: np.asarray(getattr(kind, "value", kind)) for name, kind in descent.z.items()},
+        )
+
+
+def _surrogate(task: Prepared) -> Any:
+    c, trainer, arrays, n = task.config, task.trainer, task.arrays, len(task.pool)
+
+    def surrogate(seed: int) -> CountSurrogate:
+        order = np.random.default_rng((c.seed, 2, seed)).permutation(n).astype(np.int32)
+
+        def counted(counts: np.ndarray) -> Training:
+            return trainer.training(arrays, seed, rows=np.repeat(np.arange(n), counts))
+
+        return CountSurrogate(counted, Candidates(arrays, order, c.recipe.batch), trainer.losses, at(c))
+
+    return surrogate
+
+
+def _features(task: Prepared, trials: Trials, seed: int) -> np.ndarray:
+    """What the rater goes by, of the models that the CLIP-score filter scores with."""
+    scorers = [trials.scorer(seed, steps) for steps in task.config.score_steps]
+    target = task.trainer.embedded(scorers[-1].state, task.target)
+    return features(task.pool, [(s.images, s.texts) for s in scorers], target, task.config.seed)
