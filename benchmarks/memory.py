@@ -127,8 +127,9 @@ def figure(path: Path, name: str, found: list[tuple[dict[str, Any], dict[str, fl
     """Two panels: seconds and accounted memory, by what the table varies."""
     x = {"k": "argument", "T": "steps", "tier": "tier", "model": "model"}[name]
     canvas = Figure(figsize=(8, 3), layout="constrained")
-    for place, (key, y) in enumerate((("ratio", "times plain training"), ("accounted_mib", "states and kept, MiB"))):
-        axes = canvas.add_subplot(1, 2, place + 1)
+    panels = canvas.subplots(1, 2)
+    shown = (("ratio", "times plain training"), ("accounted_mib", "states and kept, MiB"))
+    for axes, (key, y) in zip(panels, shown, strict=True):
         for colour, schedule in zip(COLOURS, dict.fromkeys(p["schedule"] for p, _ in found), strict=False):
             some = [(p, m) for p, m in found if p["schedule"] == schedule]
             across = [model_of(p) if x == "model" else p[x] for p, _ in some]
@@ -140,7 +141,7 @@ def figure(path: Path, name: str, found: list[tuple[dict[str, Any], dict[str, fl
         if key != "ratio":
             axes.set_yscale("log")
         axes.tick_params(axis="x", labelrotation=20 if x == "model" else 0)
-    axes.legend(frameon=False)
+    panels[-1].legend(frameon=False)
     with mpl.rc_context({"svg.hashsalt": "metagradient"}):
         canvas.savefig(path, metadata={"Date": None})
 

@@ -27,7 +27,9 @@ def finished(path: Path, data: Path) -> RunDirectory:
     if not path.exists():
         run(replace(parse("schedule", RateSchedule(), ["--preset", "tiny", "--data", str(data)]), out=path))
     elif not (path / "result.json").exists():
-        run(begun("schedule", RateSchedule(), ["--resume", str(path)]), resume=True)
+        begun_with = begun("schedule", RateSchedule(), ["--resume", str(path)])
+        assert begun_with is not None
+        run(begun_with, resume=True)
     return RunDirectory.read(path)
 
 

@@ -27,7 +27,7 @@ VISITED = 24
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = load_digits(return_X_y=True)
-    return pixels / 16, labels
+    return np.asarray(pixels) / 16, np.asarray(labels)
 
 
 def rows(start: int, stop: int, dtype: Any = np.float64) -> dict[str, np.ndarray]:
