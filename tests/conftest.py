@@ -1,8 +1,19 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
+
+# Run by hand, where torch and transformers are installed.
+collect_ignore = ["make_checkpoint_fixtures.py"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_more_programs_than_a_module_needs() -> Iterator[None]:
+    """Compiled programs hold memory maps, of which a process may have some 65,000: all of a suite's are too many."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
