@@ -11,7 +11,7 @@ import argparse
 import datetime
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -192,7 +192,8 @@ def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
 
 def ratios(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given):
+    longer = [replace(mlp(steps=2048), name="MLP, T = 2,048")] if "MLP" in given.models else []
+    for problem in [*problems(given), *longer]:
         ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
         leaf = problem.segment
         every = 1 if leaf.loop == "scan" else None

@@ -177,7 +177,9 @@ def main() -> None:
     blocks.append(
         f"Made by `python benchmarks/memory.py` on {datetime.date.today()}: {platform.machine()}, "
         f"{jax.devices()[0].device_kind}, jax {version('jax')}, metagradient {version('metagradient')}. Every point "
-        "is a fresh process, one timing after a warm-up; segments of 16 steps for the MLP, single steps for the others."
+        "is a fresh process, one timing after a warm-up; segments of 16 steps for the MLP, single steps for the "
+        "others. What the process grew by includes batches, which without a budget are held (64 KiB a step of the "
+        "MLP), compiled programs and their scratch space."
     )
     given.out.write_text("\n\n".join(blocks) + "\n")
 

@@ -19,7 +19,7 @@ import numpy as np
 from metagradient.cli import begun, parse
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.schedule import RateSchedule, run
-from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picks, rows, verdict
+from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picked_step, picks, rows, verdict
 
 
 def finished(path: Path, data: Path) -> RunDirectory:
@@ -75,8 +75,9 @@ saw. {verdict(directory)}
 
 Picks are made on the same {config["validation"]:,} validation images: of the descent's meta-steps by loss, of the
 grid's {result["grid_size"]} schedules by loss and by accuracy. The {config["finalists"]} best by a single training are
-trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken (which is counted). The descent
-took meta-step {result["best_step"]}. {picks(directory)}
+trained again from {config["finalist_seeds"]} other seeds, and the best mean is taken (which is counted). One of the
+descent's finalists is the geometric mean of the schedules of its last half. The descent took {picked_step(directory)}.
+{picks(directory)}
 
 ![Learning rates: of every meta-step, of the descent's pick, the grid's, and the best constant](schedule-rates.svg)
 

@@ -173,8 +173,9 @@ def test_any_image_directory_will_do_and_a_rate_for_every_step(small, tmp_path):
     found = result(out)
     assert {f"{what}_{arm}" for what in ("accuracy", "loss", "training_runs") for arm in ARMS} <= set(found)
     learnt = np.load(out / "schedules.npz")["learnt"]
-    assert learnt.shape == (3, 20)
+    assert learnt.shape == (4, 20)
     assert len(set(learnt[2].tolist())) > 10
+    np.testing.assert_allclose(learnt[3], np.sqrt(learnt[1] * learnt[2]), rtol=1e-5)
     (data / "test-00000-of-00001.parquet").unlink()
     assert main(["schedule", *arguments, "--out", str(tmp_path / "without")]) == 2
     assert main(["schedule", *arguments, "--examples", "100", "--out", str(tmp_path / "without")]) == 0

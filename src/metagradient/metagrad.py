@@ -39,7 +39,8 @@ class Stats:
         forward_steps: steps taken, replays included.
         adjoint_steps: steps pulled back.
         peak_states: most boundary states held at once, by tier.
-        peak_bytes: their bytes, by tier; under "segment", those kept for the segments at work.
+        peak_bytes: most bytes held at once, by tier: of boundary states and, on the device, of what segments were kept
+            for their pull-back; the two or so working states are not counted.
         seconds: wall time, compilation included.
         compile_seconds: the part of it that XLA spent compiling.
         segment: how steps were compiled; pass it back as `segment=` to have the same bits.
@@ -260,7 +261,7 @@ def _stats(traversal: Traversal, segment: Segment, schedule: Schedule) -> Stats:
         forward_steps=traversal.runner.forward_steps,
         adjoint_steps=traversal.runner.adjoint_steps,
         peak_states=traversal.stores.peak_states,
-        peak_bytes={**traversal.stores.peak_bytes, "segment": traversal.peak_kept_bytes},
+        peak_bytes=traversal.stores.peak_bytes,
         seconds=0.0,
         compile_seconds=0.0,
         segment=segment,

@@ -51,8 +51,6 @@ class Traversal:
     stores: Stores
     replays: bool = True
     careful: bool = False
-    peak_kept_bytes: int = 0
-    _kept_bytes: int = 0
     _sizes: dict[int, int] = field(default_factory=dict)
 
     def rehearse(self, state: PyTree) -> None:
@@ -100,8 +98,7 @@ class Traversal:
                     self.stores.drop(at)
                 case Keep(segment):
                     kept[segment], working = self._keep(segment, working())
-                    self._kept_bytes += self._size(kept[segment], segment)
-                    self.peak_kept_bytes = max(self.peak_kept_bytes, self._kept_bytes)
+                    self.stores.kept(self._size(kept[segment], segment))
                 case PullBack(segment):
                     if result is None:
                         state = working()
@@ -109,7 +106,7 @@ class Traversal:
                         result = value, cotangent, total
                         working = _nothing
                     value, cotangent, total = result
-                    self._kept_bytes -= self._size(kept[segment], segment)
+                    self.stores.kept(-self._size(kept[segment], segment))
                     cotangent, total = self._pull(segment, kept.pop(segment), cotangent, total)
                     result = value, cotangent, total
         assert result is not None

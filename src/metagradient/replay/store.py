@@ -178,7 +178,8 @@ class DiskStore:
 class Stores:
     """All tiers together, and how full they got.
 
-    Peaks count boundary states and bytes held by a tier, without the states of the segment at work.
+    Peaks count boundary states and bytes held by a tier; on the device with what segments were kept for their
+    pull-back, without the working states.
 
     Arguments:
         folder: where a disk tier puts its files.
@@ -226,10 +227,15 @@ class Stores:
         self._tiers[tier].drop(at)
         self._count(tier, -1, -size)
 
+    def kept(self, size: int) -> None:
+        """Count a kept segment on the device; a negative size, its end."""
+        self._count("device", 0, size)
+
     def _count(self, tier: str, states: int, size: int) -> None:
         held, full = self._held.get(tier, (0, 0))
         self._held[tier] = held + states, full + size
-        self.peak_states[tier] = max(self.peak_states.get(tier, 0), held + states)
+        if states > 0:
+            self.peak_states[tier] = max(self.peak_states.get(tier, 0), held + states)
         self.peak_bytes[tier] = max(self.peak_bytes.get(tier, 0), full + size)
 
 

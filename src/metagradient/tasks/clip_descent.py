@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metagradient.descent import updates
 from metagradient.descent.loop import Descent, descend
@@ -20,6 +19,7 @@ from metagradient.tasks.clip_rater import feature_names, features, rated
 from metagradient.tasks.clip_setup import Prepared, at
 from metagradient.tasks.clip_trials import Arm, Trials
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.following import follow
 from metagradient.training import Training
 
 
@@ -52,14 +52,16 @@ class Candidates:
             yield {**{name: array[index] for name, array in self.arrays.items()}, "index": index}
 
 
-def learnt(task: Prepared, trials: Trials, scoring: int, choosing: Sequence[int], directory: RunDirectory) -> Learnt:
+def learnt(
+    task: Prepared, trials: Trials, scoring: Sequence[int], choosing: Sequence[int], directory: RunDirectory
+) -> Learnt:
     """Descend, or go on with the descent that the directory holds.
 
     Every meta-step trains from another seed, and seeds differ by more than meta-steps do. So four of them are tried
     again, all from the same seeds, and that of the lowest log rank of held-out pairs is taken.
 
     Arguments:
-        scoring: seed of the models that a rater's features are of.
+        scoring: seeds of the models that a rater's features are of.
         choosing: seeds by which the meta-step is chosen.
     """
     c, n = task.config, len(task.pool)
@@ -81,7 +83,7 @@ def learnt(task: Prepared, trials: Trials, scoring: int, choosing: Sequence[int]
     return min(found, key=rank)
 
 
-def _by_weights(task: Prepared, trials: Trials, scoring: int, directory: RunDirectory) -> list[Learnt]:
+def _by_weights(task: Prepared, trials: Trials, scoring: Sequence[int], directory: RunDirectory) -> list[Learnt]:
     """Descents in a weight for each pair, in a rater, or in both, whose weights are multiplied."""
     c, n, arrays = task.config, len(task.pool), task.arrays
     start, names = {}, []
@@ -119,17 +121,14 @@ def _descended(
         held_out=trainer.objective(task.held_out, c.objective), seed=c.seed, out=directory.path, **options,
     )  # fmt: skip
     files = {-(-c.meta_steps * quarter // 4): directory / f"z-{quarter}.npz" for quarter in (1, 2, 3, 4)}
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
-        while True:
-            # Before the next meta-step: a run that is killed here still has them when it goes on.
-            if descent.step in files and not files[descent.step].exists():
-                replace_file(files[descent.step], partial(_save, descent))
-            record = next(descent, None)
-            if record is None:
-                break
-            progress.update(bar, advance=1, description=f"meta-steps (objective on the target {record.value:.3f})")
+
+    def save(_: object = None) -> None:
+        if descent.step in files and not files[descent.step].exists():
+            replace_file(files[descent.step], partial(_save, descent))
+
+    # Before the next meta-step too: a run that was killed between the two goes on here.
+    save()
+    follow(descent, c.meta_steps, "objective on the target", save)
     return {step: dict(np.load(file)) for step, file in files.items()}
 
 
@@ -156,8 +155,9 @@ def _surrogate(task: Prepared) -> Any:
     return surrogate
 
 
-def _features(task: Prepared, trials: Trials, seed: int) -> np.ndarray:
-    """What the rater goes by, of the models that the CLIP-score filter scores with."""
-    scorers = [trials.scorer(seed, steps) for steps in task.config.score_steps]
-    target = task.trainer.embedded(scorers[-1].state, task.target)
-    return features(task.pool, [(s.images, s.texts) for s in scorers], target, task.config.seed)
+def _features(task: Prepared, trials: Trials, seeds: Sequence[int]) -> np.ndarray:
+    """What the rater goes by, of the models that CLIP-score filters score with."""
+    scorers = [[trials.scorer(seed, steps) for seed in seeds] for steps in task.config.score_steps]
+    embeddings = [[(s.images, s.texts) for s in models] for models in scorers]
+    targets = [task.trainer.embedded(s.state, task.target) for s in scorers[-1]]
+    return features(task.pool, embeddings, targets, task.config.seed)

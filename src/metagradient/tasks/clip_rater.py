@@ -8,6 +8,7 @@ Source of the idea: D. Calian et al., "DataRater", arXiv 2505.17895, whose rater
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,9 @@ from metagradient.data.captions import words
 from metagradient.data.image_text import Pool
 from metagradient.models.clip import contrastive_losses
 
+Embedded: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Unit vectors of images and of captions by one model, float32[n, d] each."""
+
 _NEGATIVES = 512
 _DIRECTIONS = 8
 _NEAREST = 5
@@ -25,30 +29,33 @@ _FURTHEST = 3.0
 
 def features(
     pool: Pool,
-    embeddings: Sequence[tuple[np.ndarray, np.ndarray]],
-    target: tuple[np.ndarray, np.ndarray],
+    embeddings: Sequence[Sequence[Embedded]],
+    targets: Sequence[Embedded],
     seed: int,
 ) -> np.ndarray:
     """Features of every pair, float32[n, f], each of mean 0 and variance 1, cut off at 3.
 
-    Of every model: the cosine of image and caption, and the pair's contrastive loss among random others. Of the last
-    one: the first principal components of images and of captions, and how near both lie to the target's. Of the
-    caption: its length in words and in characters, and the shares of letters and digits.
+    After every number of steps: the cosine of image and caption, and the pair's contrastive loss among random others,
+    each a mean over models. After the last: how near images and captions lie to the target's, a mean over models too,
+    and the first principal components of both, by the last model. Of the caption: its length in words and in
+    characters, and the shares of letters and digits.
 
     `feature_names` has their names.
 
     Arguments:
         pool: the pairs.
-        embeddings: by models trained on the pool, unit vectors of its images and captions, float32[n, d] each.
-        target: unit vectors of the target's images and captions by the last of them.
+        embeddings: of the pool, by models trained on it: for every number of steps, by every model.
+        targets: of the target, by every model after the last number of steps.
         seed: of who is whose negative.
     """
     columns = []
     order = np.random.default_rng(seed).permutation(len(pool))
-    for images, texts in embeddings:
-        columns += [(images * texts).sum(1), _losses(images, texts, order)]
-    for here, there in zip(embeddings[-1], target, strict=True):
-        columns += [*_components(here).T, _nearness(here, there)]
+    for models in embeddings:
+        columns.append(np.mean([(images * texts).sum(1) for images, texts in models], axis=0))
+        columns.append(np.mean([_losses(images, texts, order) for images, texts in models], axis=0))
+    for kind in (0, 1):
+        nearness = [_nearness(here[kind], there[kind]) for here, there in zip(embeddings[-1], targets, strict=True)]
+        columns += [*_components(embeddings[-1][-1][kind]).T, np.mean(nearness, axis=0)]
     solid = ["".join(caption.split()) for caption in pool.captions]
     columns += [
         np.log1p([len(words(caption)) for caption in pool.captions]),
@@ -65,7 +72,7 @@ def feature_names(steps: Sequence[int]) -> list[str]:
     """Names of the features, in their order.
 
     Arguments:
-        steps: after how many each model was taken.
+        steps: after how many the models were taken.
     """
     of_models = [f"{what} after {count} steps" for count in steps for what in ("cosine", "contrastive loss")]
     of_vectors = [

@@ -1,7 +1,7 @@
 """Filter an image–text pool: choose the pairs by metagradients, and hold that against what others would choose."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -36,7 +36,7 @@ def run(config: ClipSelection, *, resume: bool = False) -> dict[str, float]:
         directions), its standard error `error_ARM`, `gain_ARM` over no filter with `gain_error_ARM` (of differences
         paired by seed), the six recalls, `pairs_ARM`; where the data allow them, `group_ARM` with `group_error_ARM`
         (zero-shot accuracy) and `mismatched_ARM` (share of the mismatched pairs that is kept; with weights, of their
-        weight). Then `best_baseline_gain`, `gain_ratio` (MGD's gain over that), `meta_step` (the one
+        weight). Then `best_baseline_gain`, `gain_ratio` (the gain of MGD's subset over that), `meta_step` (the one
         that was taken), `training_runs`, `seconds`.
 
     Errors: `ConfigError` for settings that the data can't meet; `DataError` for files that can't be read.
@@ -50,9 +50,10 @@ def run(config: ClipSelection, *, resume: bool = False) -> dict[str, float]:
     _say_faults(task)
     trials = Trials(task.trainer, task.arrays, task.names, directory)
     choosing = [fresh_seed(config.seed, _CHOOSING + i) for i in range(config.choosing)]
-    found = learnt(task, trials, fresh_seed(config.seed, _SCORING), choosing, directory)
-    counts = np.rint(found.weights).astype(int)
-    arms, settings = _arms(task, trials, found.weights, counts)
+    scoring = [fresh_seed(config.seed, _SCORING + i) for i in range(config.scorers)]
+    found = learnt(task, trials, scoring, choosing, directory)
+    arms, settings = _arms(task, trials, scoring, choosing, found.weights)
+    counts = np.bincount(arms["subset"].rows, minlength=len(task.pool))
     seeds = [fresh_seed(config.seed, i) for i in range(config.fresh)]
     measured = {
         name: [trials.measured(f"test of {name}", arm, seed, task.test) for seed in seeds] for name, arm in arms.items()
@@ -74,39 +75,47 @@ def run(config: ClipSelection, *, resume: bool = False) -> dict[str, float]:
 
 
 def _arms(
-    task: Prepared, trials: Trials, weights: np.ndarray, counts: np.ndarray
+    task: Prepared, trials: Trials, scoring: Sequence[int], choosing: Sequence[int], weights: np.ndarray
 ) -> tuple[dict[str, Arm], dict[str, str]]:
-    """What is trained on, by arm; and the settings that validation chose for the baselines."""
+    """What is trained on, by arm; and the settings that validation chose for the filters."""
     c, pool, n = task.config, task.pool, len(task.pool)
-    seeds = [fresh_seed(c.seed, _CHOOSING + i) for i in range(c.choosing)]
 
     def recall(name: str, rows: np.ndarray) -> float:
-        found = [trials.measured(f"validation of {name}", Arm(rows), seed, task.val) for seed in seeds]
+        found = [trials.measured(f"validation of {name}", Arm(rows), seed, task.val) for seed in choosing]
         return float(np.mean([f["recall"] for f in found]))
 
+    def by_score(name: str, seeds: Sequence[int]) -> Candidate:
+        means = {
+            steps: np.mean([trials.scorer(seed, steps).scores for seed in seeds], axis=0) for steps in c.score_steps
+        }
+        settings = [
+            (f"{name}: step {steps}, share {share:g}", highest(scores, share))
+            for steps, scores in means.items()
+            for share in c.shares
+        ]
+        return chosen(settings, recall, c.recipe.batch)
+
     rules = [(f"rules: {w} words at least", CaptionRules(words=w)(pool)) for w in c.rule_words]
-    scores = [
-        (
-            f"score: step {steps}, share {share:g}",
-            highest(trials.scorer(fresh_seed(c.seed, _SCORING), steps).scores, share),
-        )
-        for steps in c.score_steps
-        for share in c.score_shares
-    ]
     found: dict[str, Candidate] = {
         "rules": chosen(rules, recall, c.recipe.batch),
         "duplicates": chosen([("all but repetitions", without_duplicates(pool))], recall, c.recipe.batch),
-        "score": chosen(scores, recall, c.recipe.batch),
+        "score": by_score("score", scoring[:1]),
     }
-    subset = np.repeat(np.arange(n), counts)
+    if len(scoring) > 1:
+        found["ensemble"] = by_score(f"score of {len(scoring)} models", scoring)
+    if c.method == "counts":
+        found["subset"] = Candidate("counts", np.repeat(np.arange(n), weights.astype(int)))
+    else:
+        by_weight = [(f"weights: share {share:g}", highest(weights, share)) for share in c.shares]
+        found["subset"] = chosen(by_weight, recall, c.recipe.batch)
+    subset = found["subset"].rows
     if len(subset) < c.recipe.batch:
-        raise ConfigError(f"the descent left {len(subset)} pairs, fewer than a batch: lower rate or meta_steps")
-    random = np.random.default_rng((c.seed, 3)).permutation(n)[: max(c.recipe.batch, np.count_nonzero(counts))]
+        raise ConfigError(f"the descent left {len(subset)} pairs, fewer than a batch: lower flip or meta_steps")
+    random = np.random.default_rng((c.seed, 3)).permutation(n)[: max(c.recipe.batch, len(np.unique(subset)))]
     arms = {
         "all": Arm(np.arange(n)),
         "random": Arm(np.sort(random)),
         **{name: Arm(candidate.rows) for name, candidate in found.items()},
-        "subset": Arm(subset),
     }
     if c.method != "counts":
         arms["mgd"] = Arm(np.arange(n), weights)

@@ -66,8 +66,11 @@ class ClipSelection:
     score_steps: tuple[int, ...] = (75, 200)
     """CLIP-score filter: after how many steps a model trained on the pool scores it, of which validation chooses one;
     a rater goes by all of them"""
-    score_shares: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
-    """... and how many pairs are kept"""
+    scorers: int = 1
+    """models, of a seed each, whose mean a rater goes by; with several, a CLIP-score filter by the mean of all their
+    scores is one more baseline"""
+    shares: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
+    """shares of the pool that a filter by score or by weights may keep; validation chooses"""
     rule_words: tuple[int, ...] = (1, 2, 3)
     """caption rules: least number of words; validation chooses"""
     choosing: int = 2
@@ -113,14 +116,14 @@ def prepare(config: ClipSelection) -> Prepared:
     c = config
     if c.data is None:
         raise ConfigError("select --task clip needs --data, a directory of tar shards with image–text pairs")
-    if min(c.meta_steps, c.seeds, c.choosing, c.fresh) < 1:
-        raise ConfigError("meta_steps, seeds, choosing and fresh must be at least 1")
+    if min(c.meta_steps, c.seeds, c.scorers, c.choosing, c.fresh) < 1:
+        raise ConfigError("meta_steps, seeds, scorers, choosing and fresh must be at least 1")
     if not 0 < c.target_share < 1:
         raise ConfigError(f"target_share must be in (0, 1), got {c.target_share}")
     if not c.score_steps or not 1 <= min(c.score_steps) <= max(c.score_steps) <= c.recipe.steps:
         raise ConfigError(f"score_steps must be at least one, and in [1, {c.recipe.steps}], got {c.score_steps}")
-    if not c.score_shares or not 0 < min(c.score_shares) <= max(c.score_shares) <= 1:
-        raise ConfigError(f"score_shares must be in (0, 1], and at least one, got {c.score_shares}")
+    if not c.shares or not 0 < min(c.shares) <= max(c.shares) <= 1:
+        raise ConfigError(f"shares must be in (0, 1], and at least one, got {c.shares}")
     if c.method != "counts" and c.window is not None and not 1 <= c.window <= c.recipe.steps:
         raise ConfigError(f"window must be in [1, {c.recipe.steps}], got {c.window}")
     if c.method == "counts" and not 0 <= at(c) < c.recipe.steps - 1:

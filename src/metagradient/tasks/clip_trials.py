@@ -19,6 +19,9 @@ from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, ze
 from metagradient.tasks.directory import RunDirectory
 from metagradient.training import TrainState
 
+BASELINES = ("random", "rules", "duplicates", "score", "ensemble")
+"""Arms that a filter must do better than."""
+
 TRAININGS = "trainings.jsonl"
 """File of a run's directory: a line a training, what it was on and what it came to."""
 
@@ -180,11 +183,10 @@ def figures(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
         for name in of_arm[0]:
             if "_at_" in name:
                 found[f"{name}_{arm}"] = float(np.mean([m[name] for m in of_arm]))
-    baselines = [found[f"gain_{arm}"] for arm in ("random", "rules", "duplicates", "score") if arm in measured]
+    baselines = [found[f"gain_{arm}"] for arm in BASELINES if arm in measured]
     found["best_baseline_gain"] = max(baselines)
-    ours = found["gain_mgd" if "mgd" in measured else "gain_subset"]
     # A baseline that gains nothing makes no ratio.
-    found["gain_ratio"] = ours / max(baselines) if max(baselines) > 0 else float("inf")
+    found["gain_ratio"] = found["gain_subset"] / max(baselines) if max(baselines) > 0 else float("inf")
     return found
 
 

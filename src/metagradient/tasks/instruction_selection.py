@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Printed
 
 from metagradient.data.instructions import write as write_instructions
@@ -29,6 +28,7 @@ from metagradient.surrogate import CountSurrogate
 from metagradient.tasks import less
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.finetuning import FineTuning, Tuner
+from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared, Sources, chunked, load_model, template_named
 from metagradient.tasks.instruction_page import NAMES, SELECTED, TRAINED, arm_rows, figures, page
 from metagradient.tasks.pretraining import Pretraining, pretrain, read_texts
@@ -222,11 +222,7 @@ def _descend(config: InstructionSelection, task: Prepared, directory: RunDirecto
         # A compiled loop over steps would stack what every batch holds by reference.
         segment=Segment(1, "steps", "gradient") if task.tuner.lora else None,
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
-        for record in descent:
-            progress.update(bar, advance=1, description=f"meta-steps (loss on the target {record.value:.3f})")
+    follow(descent, c.meta_steps, "loss on the target")
     assert descent.best is not None
     if c.method == "weights":
         return _top(np.asarray(descent.z["weights"].value), size, n)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Printed
 from sklearn.metrics import roc_auc_score
 
@@ -29,6 +28,7 @@ from metagradient.report.page import Page, Section, Table, write
 from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.following import follow
 from metagradient.tasks.pages import closing
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
@@ -245,11 +245,7 @@ def _descend(recipe: _Recipe, noisy: _Arm, target: Images, held_out: Images, dir
         seed=config.seed,
         out=directory.path,
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        task = progress.add_task("meta-steps", total=config.meta_steps, completed=descent.step)
-        for record in descent:
-            progress.update(task, advance=1, description=f"meta-steps (loss on clean target {record.value:.3f})")
+    follow(descent, config.meta_steps, "loss on clean target")
     return descent
 
 

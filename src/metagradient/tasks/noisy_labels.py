@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Printed
 from sklearn.metrics import roc_auc_score
 
@@ -26,6 +25,7 @@ from metagradient.report.page import write
 from metagradient.run import train
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.following import follow
 from metagradient.tasks.label_filters import confident_learning, gradient_cosine, small_loss
 from metagradient.tasks.noisy_labels_page import ACCURACIES, WEIGHTS, arms_table, page
 from metagradient.training import Training, TrainState
@@ -233,11 +233,7 @@ def _descend(task: Prepared, directory: RunDirectory) -> Descent:
         seed=c.seed,
         out=directory.path,
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
-        for record in descent:
-            progress.update(bar, advance=1, description=f"meta-steps (loss on clean target {record.value:.3f})")
+    follow(descent, c.meta_steps, "loss on clean target")
     return descent
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Printed
 
 from metagradient.data.images import Images, load_digits, load_images
@@ -27,6 +26,7 @@ from metagradient.report.page import write
 from metagradient.run import train
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.following import follow
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
 from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, drops, page
 from metagradient.training import Training, TrainState
@@ -268,11 +268,7 @@ def _attack(task: Prepared, directory: RunDirectory) -> np.ndarray:
         out=directory.path,
         window=c.window,
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        bar = progress.add_task("meta-steps", total=c.meta_steps, completed=descent.step)
-        for record in descent:
-            progress.update(bar, advance=1, description=f"meta-steps (loss on the target {record.value:.3f})")
+    follow(descent, c.meta_steps, "loss on the target")
     z = descent.z if c.seeds or descent.best is None else descent.best.z
     return np.clip(images + np.asarray(z["pixels"].value), 0, task.inside)
 

@@ -125,7 +125,8 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
     Returns: the figures in `result.json`. For every arm (`start`, `flat`, `grid`, `grid_accuracy`, `mgd`):
         `accuracy_ARM`, `loss_ARM` (means over fresh seeds, on the test images), their standard errors `..._error`, and
         `training_runs_ARM`, the compute that finding it took. `accuracy_over_grid`, `loss_over_grid`, ...: the
-        descent's minus the grid's, with errors of paired seeds. `best_step`, `grid_peak`, ...: what was picked.
+        descent's minus the grid's, with errors of paired seeds. `best_step`, `grid_peak`, ...: what was picked;
+        a `best_step` equal to `meta_steps` is the mean of the last half of them.
         `seconds`, `seconds_grid`, `seconds_mgd`: wall time, of all parts of a run that was resumed.
 
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
@@ -149,7 +150,7 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
             progress=progress,
         )
         own = config.recipe.rates()
-        search = _descend(config, classifier, splits, directory, progress)
+        search = _with_mean(config, trials, _descend(config, classifier, splits, directory, progress))
         combinations = config.grid.combinations(config.seed)
         searches = {**_grids(config, trials, combinations), "mgd": search}
         picks = {name: _picked(config, trials, name, search) for name, search in searches.items()}
@@ -172,7 +173,7 @@ def run(config: RateSchedule, *, resume: bool = False) -> dict[str, Any]:
         },
         "flat_rate": float(flat[0]),
         "grid_size": len(combinations),
-        "meta_steps": len(search.rates),
+        "meta_steps": len(search.rates) - 1,
         "seeds": config.seeds,
     }
     shown: dict[str, Any] = {
@@ -294,6 +295,22 @@ def _descend(
     costs = np.cumsum([line["training_runs"] for line in directory.timings])
     scores = [(line["held_out"], np.nan) for line in directory.records]
     return Search(np.array(tried, np.float32), costs, np.array(scores), "loss")
+
+
+def _with_mean(config: RateSchedule, trials: Trials, search: Search) -> Search:
+    """The descent, with the geometric mean of its last half's schedules as one more that it tried.
+
+    Meta-steps wander, each on fresh seeds, and no single one is where they wander about (Polyak and Juditsky, 1992).
+    """
+    mean = np.exp(np.log(search.rates[len(search.rates) // 2 :]).mean(0))[None]
+    score = trials.scores("mean", mean, _selection_seed(config, 0), "validation")
+    return Search(
+        np.concatenate([search.rates, mean]),
+        np.append(search.costs, search.costs[-1] + 1),
+        np.concatenate([search.scores, score]),
+        search.by,
+        surely=(len(search.rates),),
+    )
 
 
 def _grids(config: RateSchedule, trials: Trials, combinations: np.ndarray) -> dict[str, Search]:

@@ -53,6 +53,13 @@ def verdict(directory: RunDirectory) -> str:
     )
 
 
+def picked_step(directory: RunDirectory) -> str:
+    """Which of the descent's schedules was picked, in words."""
+    assert directory.figures is not None
+    step, steps = directory.figures["best_step"], directory.figures["meta_steps"]
+    return "the mean of the last half of the meta-steps" if step == steps else f"meta-step {step}"
+
+
 def picks(directory: RunDirectory) -> str:
     """What was picked of the grid, in a sentence each."""
     result = _result(directory)
@@ -122,9 +129,10 @@ def page(directory: RunDirectory) -> Page:
             ),
             Section(
                 "How it got there",
-                f"Meta-step {result['best_step']} was picked: of the {settings['finalists']} with the lowest "
-                f"validation loss, the best on {settings['finalist_seeds']} other seeds. The grid's picks were chosen "
-                f"likewise, by loss and by accuracy. {picks(directory)}",
+                f"Picked was {picked_step(directory)}: of {settings['finalists']} finalists (the mean of the last half "
+                f"of the meta-steps, and those with the lowest validation loss) the best on "
+                f"{settings['finalist_seeds']} other seeds. The grid's picks were chosen likewise, by loss and by "
+                f"accuracy. {picks(directory)}",
                 figures=(losses,),
             ),
             *closing(

@@ -26,16 +26,21 @@ _POINTS = 6  # of the curve of accuracy against compute: at all of a search, at 
 
 @dataclass(frozen=True)
 class Search:
-    """A way to find a schedule: those it tried, in order, what each had cost by then, and how well it did."""
+    """A way to find a schedule: those it tried, in order, what each had cost by then, and how well it did.
+
+    `surely` are numbers of schedules that are finalists whatever they scored.
+    """
 
     rates: np.ndarray  # float32[n, T]
     costs: np.ndarray  # float[n], cumulative training runs
     scores: np.ndarray  # float[n, 2], loss and accuracy on validation, one seed each
     by: Criterion
+    surely: tuple[int, ...] = ()
 
     def finalists(self, count: int) -> np.ndarray:
-        """Numbers of the `count` best, best first."""
-        return np.argsort(badness(self.scores, self.by), kind="stable")[:count]
+        """Numbers of `count` finalists: those that surely are, then the best, best first."""
+        order = np.argsort(badness(self.scores, self.by), kind="stable").tolist()
+        return np.array(list(dict.fromkeys([*self.surely, *order]))[:count])
 
     def by_compute(self) -> list[tuple[float, int]]:
         """What it would have picked with less compute: (training runs, number of the schedule) at halvings of all."""
