@@ -123,6 +123,10 @@ def main() -> None:
     ordered = orders(given.runs / "orders.jsonl", prepare(config), STEPS, given.seeds)
     result = directory.figures
     assert result is not None
+
+    def gain(arm: str) -> str:
+        return f"{result[f'gain_{arm}']:+.4f} ± {result[f'gain_error_{arm}']:.4f}"
+
     (given.out / "clip_selection-curves.svg").write_bytes(curves(directory).content)
     text = Template(TEMPLATE.read_text()).substitute(
         orders=markdown(orders_table(ordered)),
@@ -130,10 +134,10 @@ def main() -> None:
         recalls=markdown(recalls_table(directory)),
         seeds=config.fresh,
         ratio=f"{result['gain_ratio']:.2f}",
-        best=f"{result['best_baseline_gain']:+.3f}",
-        ours=f"{result['gain_mgd']:+.3f} ± {result['gain_error_mgd']:.3f}",
-        subset=f"{result['gain_subset']:+.3f} ± {result['gain_error_subset']:.3f}",
-        oracle=f"{result['gain_oracle']:+.3f} ± {result['gain_error_oracle']:.3f}",
+        ours=gain("mgd"),
+        **{arm: gain(arm) for arm in ("subset", "score", "ensemble", "oracle")},
+        scorers=config.scorers,
+        score_ratio=f"{result['gain_subset'] / result['gain_score']:.2f}",
         runs=f"{result['training_runs']:.0f}",
         seconds=f"{result['seconds']:.0f}",
         pairs=result["pairs"],

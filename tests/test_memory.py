@@ -55,6 +55,8 @@ def test_a_plan_says_what_will_happen():
     assert stats.forward_steps == plan.estimate.forward_steps + 1
     assert stats.adjoint_steps == plan.estimate.adjoint_steps
     assert stats.peak_states == {tier: n for tier, n in plan.estimate.states.items() if n}
+    # Three states at work are in the plan's bytes, and not in the statistics.
+    assert 0.9 * plan.estimate.bytes["device"] <= stats.peak_bytes["device"] + 3 * STATE <= 12 * STATE
     assert plan.seconds > plan.estimate.seconds > 0
     assert "chosen" in str(plan)
 
