@@ -178,8 +178,8 @@ def main() -> None:
     blocks.append(
         f"Made by `python benchmarks/memory.py` on {datetime.date.today()}: {platform.machine()}, "
         f"{jax.devices()[0].device_kind}, jax {version('jax')}, metagradient {version('metagradient')}. Every point "
-        f"is a fresh process; medians of {_ROUNDS} rounds, or one where it takes {_SHORT:.0f} s or more; segments of 16 "
-        "steps for the MLP, single steps for the others. What the process grew by includes batches, which without a "
+        f"is a fresh process; medians of {_ROUNDS} rounds, or one where it takes {_SHORT:.0f} s or more; segments of "
+        "16 steps for the MLP, single steps for the others. What the process grew by includes batches, which without a "
         "budget are held (64 KiB a step of the MLP), compiled programs and their scratch space."
     )
     given.out.write_text("\n\n".join(blocks) + "\n")
