@@ -135,7 +135,7 @@ def test_scores_are_losses_and_what_greedy_decoding_says(pool: Encoded, tokenize
     tuned = tuner(replace(RECIPE, steps=60))
     rows = np.arange(8)
     state = mg.train(tuned.training(pool, 0, rows=rows), {})
-    losses, exact = tuned.scores(state.params, pool)
+    losses, shares, exact = tuned.scores(state.params, pool)
     np.testing.assert_allclose(losses, tuned.losses(state.params, None, pool.arrays), rtol=2e-4, atol=1e-5)
     assert exact[:8].any()
     apply = jax.jit(lambda tokens: SMALL.apply(state.params, {}, tokens)[0])
@@ -150,6 +150,8 @@ def test_scores_are_losses_and_what_greedy_decoding_says(pool: Encoded, tokenize
             if place + 1 < len(tokens):
                 tokens[place + 1] = said[-1]
         assert exact[row] == (said == pool.targets[row][learnt].tolist())
+        likeliest = np.asarray(apply(pool.tokens[row][None])[0].argmax(-1))
+        assert shares[row] == pytest.approx(np.mean((likeliest == pool.targets[row])[learnt]), abs=1e-6)
     value = float(tuned.mean_loss(pool)(state, {}))
     assert value == pytest.approx(float(losses.mean()), rel=1e-5)
 

@@ -160,33 +160,35 @@ class Tuner:
         """The objective: a tuned model's mean loss on conversations, each counting the same."""
         return mean_over(self.candidates(data), self._mean_loss)
 
-    def scores(self, params: PyTree, data: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, params: PyTree, data: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """How well a tuned model knows the answers of conversations.
 
         Arguments:
             params: trained parameters.
 
-        Returns: mean loss over the learnt tokens of each, float32[n]; and whether each of them is the likeliest after
-            those before it, bool[n]: greedy decoding says exactly that answer.
+        Returns: mean loss over the learnt tokens of each, float32[n]; the share of them that are the likeliest after
+            those before them, float32[n]; and whether all are, bool[n]: greedy decoding says exactly that answer.
         """
-        losses, exact = np.empty(len(data), np.float32), np.empty(len(data), bool)
+        losses, shares = np.empty(len(data), np.float32), np.empty(len(data), np.float32)
+        exact = np.empty(len(data), bool)
         answers = int(data.answers.max())
         for batch in self.candidates(data):
             # The positions of learnt tokens come first in the order of falling weights; others have weight 0.
             at = np.argsort(-batch["weights"], axis=1, kind="stable")[:, :answers]
             found = self._scored(params, {**batch, "at": at.astype(np.int32)})
-            losses[batch["index"]], exact[batch["index"]] = (np.asarray(x) for x in found)
-        return losses, exact
+            rows = batch["index"]
+            losses[rows], shares[rows], exact[rows] = (np.asarray(x) for x in found)
+        return losses, shares, exact
 
     @cached_property
-    def _scored(self) -> Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]]:
-        def scored(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array]:
+    def _scored(self) -> Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array, jax.Array]]:
+        def scored(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
             complete = self.complete(params, batch)
             logits = self.model.logits(complete, batch["tokens"], batch["at"])
             targets, weights = (jnp.take_along_axis(batch[name], batch["at"], 1) for name in ("targets", "weights"))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            right = (logits.argmax(-1) == targets) | (weights == 0)
-            return (weights * losses).sum(-1), right.all(-1)
+            right = logits.argmax(-1) == targets
+            return (weights * losses).sum(-1), (weights * right).sum(-1), (right | (weights == 0)).all(-1)
 
         return jax.jit(scored)
 

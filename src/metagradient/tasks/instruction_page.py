@@ -26,7 +26,7 @@ NAMES = {
 }
 """Arms as readers call them."""
 
-_MEASURES = ("loss", "accuracy", "choice")
+_MEASURES = ("loss", "tokens", "accuracy", "choice")
 _EXAMPLES = 6
 
 
@@ -81,11 +81,11 @@ def results(result: Mapping[str, float]) -> Table:
         return f"{mean:.{digits}f}" if arm == "before" else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
     rows = [
-        (name, cell("loss", arm, 3), cell("accuracy", arm, 3), cell("choice", arm, 3), cell("behind", arm, 3))
+        (name, *(cell(measure, arm, 3) for measure in (*_MEASURES, "behind")))
         for arm, name in NAMES.items()
         if f"loss_{arm}" in result
     ]
-    header = ("trained on", "test loss", "exact answers", "right choices", "loss above MGD's")
+    header = ("trained on", "test loss", "tokens right", "exact answers", "right choices", "loss above MGD's")
     return Table(header, rows, emphasis=len(rows) - 1)
 
 

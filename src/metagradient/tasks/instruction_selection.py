@@ -109,8 +109,9 @@ def run(config: InstructionSelection, *, resume: bool = False) -> dict[str, floa
         resume: go on with the run that `config.out` holds.
 
     Returns: the figures in `result.json`. For every arm (`all`, `random`, `length`, `embedding`, `less`, `mgd`), means
-        over fresh seeds on the target's test questions: `loss_ARM`, `accuracy_ARM` (greedy decoding says exactly the
-        answer), `choice_ARM` (the answer is the likeliest of its task's), each with its standard error `error_...`, and
+        over fresh seeds on the target's test questions: `loss_ARM`, `tokens_ARM` (share of the answer's tokens that
+        are the likeliest after the true ones before them), `accuracy_ARM` (greedy decoding says exactly the answer),
+        `choice_ARM` (the answer is the likeliest of its task's), each with its standard error `error_...`, and
         `behind_ARM`, `error_behind_ARM`: by how much its loss is above MGD's, paired by seed.
 
     Errors: `ConfigError` for settings that the data can't meet; `DataError` for files that can't be read.
@@ -326,8 +327,12 @@ def _add(path: Path, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
 
 def _scores(config: InstructionSelection, task: Prepared, params: PyTree) -> dict[str, Any]:
     """A tuned model on the test questions: means, and the same for each task."""
-    losses, exact = task.tuner.scores(params, task.test)
-    found: dict[str, Any] = {"loss": float(losses.mean()), "accuracy": float(exact.mean())}
+    losses, shares, exact = task.tuner.scores(params, task.test)
+    found: dict[str, Any] = {
+        "loss": float(losses.mean()),
+        "tokens": float(shares.mean()),
+        "accuracy": float(exact.mean()),
+    }
     if config.choices and task.choices:
         found["choice"] = float(task.choices.right_ones(task.tuner, params).mean())
     by_task = {name: [float(losses[r].mean()), float(exact[r].mean())] for name, r in task.test_tasks.items()}
