@@ -139,7 +139,6 @@ def main() -> None:
         scorers=config.scorers,
         score_ratio=f"{result['gain_subset'] / result['gain_score']:.2f}",
         runs=f"{result['training_runs']:.0f}",
-        seconds=f"{result['seconds']:.0f}",
         pairs=result["pairs"],
         preset=given.preset,
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, one core, "
