@@ -41,7 +41,7 @@ def run(config: ClipSelection, *, resume: bool = False) -> dict[str, float]:
 
     Errors: `ConfigError` for settings that the data can't meet; `DataError` for files that can't be read.
 
-    Cost: `meta_steps` x `seeds` metagradients, and about 30 + 8 `fresh` trainings.
+    Cost: `meta_steps` x `seeds` metagradients, and about 40 + 9 `fresh` trainings; with several `scorers`, 20 more.
     """
     start = perf_counter()
     task = prepare(config)
