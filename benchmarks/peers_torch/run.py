@@ -271,8 +271,9 @@ def circumstances(torch_python: str) -> str:
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     machine = models[0].split(":")[1].strip() if models else platform.processor()
     cores, load = len(os.sched_getaffinity(0)), f"load {os.getloadavg()[0]:.1f} at the start"
+    tunables = [f"GLIBC_TUNABLES={found}"] if (found := os.environ.get("GLIBC_TUNABLES")) else []
     python = f"Python {platform.python_version()}"
-    return "; ".join([f"{cores} cores of {machine}", python, ours, theirs, str(date.today()), load])
+    return "; ".join([f"{cores} cores of {machine}", python, ours, theirs, str(date.today()), load, *tunables])
 
 
 NOTES = """\
