@@ -1,9 +1,9 @@
 """The image–text experiment: which objective orders known subsets, and what a pool's filters are worth.
 
-    python benchmarks/clip_selection.py --data DIR [--runs runs/clip] [--preset tiny] [--out docs]
+    python benchmarks/clip_selection.py --data DIR [--runs runs/clip] [--preset tiny] [--beside RUN...] [--out docs]
 
 DIR holds the pool's shards, val.tar and test.tar. Writes docs/clip_selection.md. What --runs holds already is
-read, not made again.
+read, not made again. --beside names finished runs with other settings: every look at the test pairs is to be shown.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from metagradient.report.page import Table
 from metagradient.tasks.clip_page import arms_table, curves, recalls_table
 from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, run
 from metagradient.tasks.clip_training import fitted_scale, recalls, soft_rank
+from metagradient.tasks.clip_trials import TRAININGS
 from metagradient.tasks.directory import RunDirectory
 
 TEMPLATE = Path(__file__).with_name("clip_selection.md.in")
@@ -96,10 +97,35 @@ def orders_table(found: Sequence[dict[str, float]]) -> Table:
     return Table(header, rows)
 
 
-def markdown(table: Table) -> str:
-    """A report's table as Markdown."""
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+def designs_table(directories: Sequence[RunDirectory]) -> Table:
+    """What runs with different settings came to: on validation, by which one chooses, and on the test pairs."""
+    rows = []
+    for directory in directories:
+        c, r = directory.config, directory.figures
+        assert r is not None
+        tried: dict[str, list[float]] = {}
+        for line in read_lines(directory / TRAININGS):
+            if line["what"].startswith("validation of weights"):
+                tried.setdefault(line["what"], []).append(line["recall"])
+        best = max(float(np.mean(found)) for found in tried.values())
+        gains = (f"{r[f'gain_{arm}']:+.3f} ± {r[f'gain_error_{arm}']:.3f}" for arm in ("subset", "mgd"))
+        ratio = f"{r['gain_subset'] / r['gain_score']:.1f}"
+        rows.append((c["method"], c["meta_steps"], c["scorers"], c["fresh"], f"{best:.3f}", *gains, ratio))
+    header = (
+        *("method", "meta-steps", "scorers", "fresh seeds", "best recall on validation"),
+        *("gain of the subset", "gain of the weights", "subset's, over one model's score filter"),
+    )
+    return Table(header, rows)
+
+
+def beside(directories: Sequence[RunDirectory]) -> str:
+    """A section on runs with other settings; nothing where there are none but the first."""
+    if len(directories) < 2:
+        return ""
+    return (
+        "## Settings that were tried\n\nThe first row is the run above; all are measured on the same test pairs, and "
+        f"validation chooses.\n\n{designs_table(directories).markdown()}\n"
+    )
 
 
 def made(path: Path, config: ClipSelection) -> RunDirectory:
@@ -114,6 +140,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/clip"))
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
@@ -129,14 +156,16 @@ def main() -> None:
 
     (given.out / "clip_selection-curves.svg").write_bytes(curves(directory).content)
     text = Template(TEMPLATE.read_text()).substitute(
-        orders=markdown(orders_table(ordered)),
-        arms=markdown(arms_table(directory)),
-        recalls=markdown(recalls_table(directory)),
+        orders=orders_table(ordered).markdown(),
+        arms=arms_table(directory).markdown(),
+        recalls=recalls_table(directory).markdown(),
         seeds=config.fresh,
         ratio=f"{result['gain_ratio']:.2f}",
         ours=gain("mgd"),
         **{arm: gain(arm) for arm in ("subset", "score", "ensemble", "oracle")},
         scorers=config.scorers,
+        twice_ensemble=f"{2 * result['gain_ensemble']:+.4f}",
+        beside=beside([directory, *(RunDirectory.read(path) for path in given.beside)]),
         score_ratio=f"{result['gain_subset'] / result['gain_score']:.2f}",
         runs=f"{result['training_runs']:.0f}",
         pairs=result["pairs"],

@@ -9,6 +9,7 @@ within twenty states. All rounds are interleaved; ratios are medians of those wi
 
 import argparse
 import datetime
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -307,8 +308,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     blocks = [["# What a metagradient costs"], *(TABLES[name](given) for name in given.tables)]
+    tunables = f"GLIBC_TUNABLES={found} " if (found := os.environ.get("GLIBC_TUNABLES")) else ""
     made = (
-        f"Made by `python benchmarks/cost.py {' '.join(given.tables)}` on {datetime.date.today()}"
+        f"Made by `{tunables}python benchmarks/cost.py {' '.join(given.tables)}` on {datetime.date.today()}"
         f": {platform.machine()}, {jax.devices()[0].device_kind}, jax {version('jax')}, "
         f"metagradient {version('metagradient')}; medians of {given.repeats} rounds, interleaved where ways are "
         "compared; the long run once."

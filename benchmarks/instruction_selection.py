@@ -23,12 +23,6 @@ from metagradient.tasks.instruction_page import NAMES, TRAINED, by_task, composi
 TEMPLATE = Path(__file__).with_name("instruction_selection.md.in")
 
 
-def markdown(table: Table) -> str:
-    """A report's table as Markdown."""
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
 def targets(result: Mapping[str, float]) -> str:
     """Whether MGD is better than LESS, random and all: in loss paired by seed, and in accuracy."""
 
@@ -47,7 +41,7 @@ def targets(result: Mapping[str, float]) -> str:
     header = ["MGD against", "loss above MGD's", "better?"]
     for what in ("tokens right", "exact answers"):
         header += [f"MGD's {what} more, points", "better?"]
-    return markdown(Table(header, rows))
+    return Table(header, rows).markdown()
 
 
 def cost(run: RunDirectory) -> str:
@@ -75,7 +69,7 @@ def pretrained(path: Path | None, settings: Sequence[str]) -> str:
         )
     run = RunDirectory.read(path)
     assert run.figures is not None
-    return f"{markdown(results(run.figures))}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
+    return f"{results(run.figures).markdown()}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
 
 
 def main() -> None:
@@ -96,9 +90,9 @@ def main() -> None:
         agreement=f"{agreement['largest difference']:.1e}",
         agreement_tokens=agreement["tokens"],
         targets=targets(small.figures),
-        results=markdown(results(small.figures)),
-        tasks=markdown(by_task(read_lines(small / TRAINED))),
-        composition=markdown(composition(small)),
+        results=results(small.figures).markdown(),
+        tasks=by_task(read_lines(small / TRAINED)).markdown(),
+        composition=composition(small).markdown(),
         settings=described(small, settings),
         cost=cost(small),
         candidates=f"{small.figures['candidates']:,.0f}",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from metagradient.cli import begun
+from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.noisy_labels import NAME, NoisyLabels, run
 from metagradient.tasks.noisy_labels_page import ACCURACIES, ARMS, RANKINGS
@@ -40,10 +41,6 @@ def interval(values: Any) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]
-
-
 def section(labels: str, directories: list[RunDirectory]) -> list[str]:
     found = [json.loads((d / ACCURACIES).read_text()) for d in directories]
     results: list[Any] = [d.figures for d in directories]
@@ -61,13 +58,14 @@ def section(labels: str, directories: list[RunDirectory]) -> list[str]:
         )
         for name, text in ARMS.items()
     ]
+    header = ("trained on", "test accuracy, %", "MGD's gain over it", "MGD + target's gain over it", "kept")
     aurocs = [(text, f"{np.mean([r[f'auroc_{name}'] for r in results]):.3f}") for name, text in RANKINGS.items()]
     ways_by_seed = [f"{r['way']:.0%}" for r in results]
     runs = np.mean([r["training_runs"] for r in results])
     return [
         f"## Labels {labels!r}: {np.mean([r['share_wrong'] for r in results]):.0%} of them wrong",
         "",
-        *table(("trained on", "test accuracy, %", "MGD's gain over it", "MGD + target's gain over it", "kept"), rows),
+        Table(header, rows).markdown(),
         "",
         f"Trained at MGD's weights a network goes **{way:.0%}** of the way from all examples as labelled to all with "
         f"true labels ({', '.join(ways_by_seed)} by seed); with the target's examples added, which cost nothing more, "
@@ -75,7 +73,7 @@ def section(labels: str, directories: list[RunDirectory]) -> list[str]:
         "",
         "How well each ranks the wrong labels; weights are made to train a better network, not to rank:",
         "",
-        *table(("ranked by", "AUROC"), aurocs),
+        Table(("ranked by", "AUROC"), aurocs).markdown(),
         "",
     ]
 

@@ -24,7 +24,6 @@ from metagradient.cli import parse
 from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.descent.seeds import inner_seed
 from metagradient.report.figures import Figure, before_and_after, lines
-from metagradient.report.page import Table
 from metagradient.tasks.poisoning import Poison, prepare, run
 from metagradient.tasks.poisoning_report import curves, drops, losses
 
@@ -82,12 +81,6 @@ def agreement(file: Path, config: Poison, windows: Sequence[int | None], seeds: 
     return json.loads(file.read_text())
 
 
-def markdown(table: Table) -> str:
-    """A report's table as Markdown."""
-    rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
@@ -116,10 +109,10 @@ def main() -> None:
         attacked=fixed.against("attacked"),
         fresh=varied.against("fresh"),
         standard=varied.against("standard"),
-        drops=markdown(drops(fixed.result)),
-        losses=markdown(losses(fixed.result)),
-        drops_varied=markdown(drops(varied.result)),
-        losses_varied=markdown(losses(varied.result)),
+        drops=drops(fixed.result).markdown(),
+        losses=losses(fixed.result).markdown(),
+        drops_varied=drops(varied.result).markdown(),
+        losses_varied=losses(varied.result).markdown(),
         cost=f"{fixed.result['training_runs']:.0f} and {varied.result['training_runs']:.0f}",
         cost_canceling=f"{fixed.result['cancel_training_runs']:.0f}",
         seconds=f"{fixed.result['seconds']:.0f} and {varied.result['seconds']:.0f}",

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from metagradient.cli import begun, parse
+from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.schedule import RateSchedule, run
 from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picked_step, picks, rows, verdict
@@ -33,17 +34,12 @@ def finished(path: Path, data: Path) -> RunDirectory:
     return RunDirectory.read(path)
 
 
-def table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
-    cells = [header, tuple("---" for _ in header), *lines]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in cells)
-
-
 def by_compute(directory: RunDirectory) -> str:
     saved = np.load(directory / "schedules.npz")
     curves = {ARMS[name]: saved[f"curve_{name}"] for name in (*GRIDS, "mgd")}
     points = sorted((runs, name, value, error) for name, curve in curves.items() for runs, value, error in curve)
     lines = [(f"{runs:.0f}", name, f"{value:.2%} ± {error:.2%}") for runs, name, value, error in points]
-    return table(("training runs spent", "search", "test accuracy"), lines)
+    return Table(("training runs spent", "search", "test accuracy"), lines).markdown()
 
 
 def measuring(config: dict[str, Any], result: dict[str, Any]) -> tuple[float, float]:
@@ -68,7 +64,7 @@ from a flat start, and holds them against the best of a grid of one-cycles. Data
 {recipe["batch"]} on {config["examples"]:,} images. {config["knots"]} knots in the logarithm of the rate;
 {result["meta_steps"]} meta-steps, each from fresh seeds ({config["inner_seeds"]}), for {config["target"]:,} images.
 
-{table(HEADER, rows(directory))}
+{Table(HEADER, rows(directory)).markdown()}
 
 Means ± standard errors over {result["seeds"]} seeds that no search used, on {config["test"]:,} test images that none
 saw. {verdict(directory)}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from metagradient.descent.loop import fresh_seed
+from metagradient.report.page import Table
 from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, sweep
 from metagradient.tasks.classifier import ROUGH, Recipe
 from metagradient.tasks.smoothness import Bench, SmoothnessProbe, cuts_of, load, probe
@@ -107,10 +108,6 @@ def parts(bench: Bench, runs: Path) -> dict[str, Callable[[], Sweep]]:
     return found
 
 
-def table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(r)} |" for r in rows), ""]
-
-
 def close_rows(found: Sweep) -> list[list[str]]:
     rows = []
     for which, outcome in zip(("smooth", "standard"), found, strict=True):
@@ -146,17 +143,18 @@ def smooth_and_standard(close: Sweep) -> list[str]:
         f"Each at its own learning rate. Test accuracy of the smooth recipe less the standard one's: "
         f"{accuracy_difference(close)}.",
         "",
-        *table(
+        Table(
             ("recipe", "directions", "h", "Def. 2 (95 %)", "noise: mean, 97.5 %", "Def. 1", "test accuracy"),
             close_rows(close),
-        ),
+        ).markdown(),
+        "",
     ]
 
 
 def by_rate(found: Sweep) -> list[str]:
     rates = [[f"{o.knobs['rate']:g}", *cells_of(o)] for o in found]
     header = ("rate", *HEADER[:1], *HEADER[2:6])
-    return ["## By learning rate", "", *table(header, [[r[0], r[1], *r[3:7]] for r in rates])]
+    return ["## By learning rate", "", Table(header, [[r[0], r[1], *r[3:7]] for r in rates]).markdown(), ""]
 
 
 def reached(found: Sweep) -> str:
@@ -186,7 +184,8 @@ def document(found: dict[str, Sweep]) -> list[str]:
         *(smooth_and_standard(found["close"]) if "close" in found else []),
         "## One knob at a time",
         "",
-        *table(HEADER, [cells_of(o) for o in together]),
+        Table(HEADER, [cells_of(o) for o in together]).markdown(),
+        "",
         reached(together),
         "",
         f"Spearman correlation of smoothness along examples with what descent gains: **{measured[0]:.2f}** over "

@@ -80,6 +80,11 @@ def test_no_flipped_examples_still_give_a_figure():
     assert "0 with a flipped label." in weights_by_group(WEIGHTS, np.zeros(40, bool)).alt
 
 
+def test_a_table_in_markdown():
+    table = Table(("trained on", "accuracy"), [("all", 0.9), ("weights", 0.95)], "Held-out.")
+    assert table.markdown() == "| trained on | accuracy |\n| --- | --- |\n| all | 0.9 |\n| weights | 0.95 |"
+
+
 def page() -> Page:
     table = Table(["trained on", "accuracy"], [["all", 0.9], ["weights", 0.95]], "Held-out.", emphasis=1)
     sections = [Section("Results", "One.\n\nTwo.", table, list(figures().values())), Section("Bare")]

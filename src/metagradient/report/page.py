@@ -27,6 +27,11 @@ class Table:
     caption: str = ""
     emphasis: int | None = None
 
+    def markdown(self) -> str:
+        """Header and rows in Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
 
 @dataclass(frozen=True)
 class Section:
