@@ -193,8 +193,9 @@ def test_the_objectives_follow_a_training(trained):
     # So short a training brings matches little nearer: their ranks don't tell it from the start.
     objective = jax.jit(trainer.objective(matched, "fitted"))
     assert objective(state, {}) < objective(initial, {})
-    embedded = (jnp.asarray(vectors) for vectors in trainer.embedded(state, task.val))
-    assert trainer.objective(task.val, "rank")(state, {}) == pytest.approx(float(soft_rank(*embedded)), rel=1e-4)
+    images, texts = trainer.embedded(state, task.val)
+    rank = float(soft_rank(jnp.asarray(images), jnp.asarray(texts)))
+    assert trainer.objective(task.val, "rank")(state, {}) == pytest.approx(rank, rel=1e-4)
     fitted = trainer.objective(task.val, "fitted")(state, {})
     for kind in ("learnt", "fixed"):
         assert fitted <= trainer.objective(task.val, kind)(state, {}) + 1e-3

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import metagradient as mg
@@ -350,6 +350,7 @@ sizes = st.one_of(st.integers(0, 300), st.integers(0, 30_000))
     st.sampled_from([["state"], ["gradient"], ["linearisation"], ["state", "gradient", "linearisation"]]),
     st.sampled_from([0.0, 0.1]),
 )
+@example(634, 280, 60, None, False, ["state"], 0.0)
 def test_plans_keep_their_promises(steps, device, host, disk, compiled, keeps, dispatch):
     costs = given_costs(compiled=compiled, dispatch_seconds=dispatch)
     memory = Memory(110 + device, host, disk)

@@ -134,8 +134,8 @@ def plan(
     found = search.best(kinds, lengths, levels)
     if not found:
         raise ScheduleError(_too_small(costs, steps, device, kinds, lengths[0], levels))
-    chosen = found[0]
-    estimate, *rejected = map(search.estimate, found)
+    (chosen, estimate), *others = found
+    rejected = [other for _, other in others]
     for schedule in (KeepAll(), TwoLevel()):
         plain = price(schedule, costs, steps, length=chosen.way.length, keep=chosen.way.keep)
         if (plain.states, plain.bytes) != (estimate.states, estimate.bytes):

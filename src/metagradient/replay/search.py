@@ -44,7 +44,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way, the problem that it poses, and the seconds of all that its solution does."""
+    """A way, the problem that it poses, and the seconds that its solution takes at most: all of them, by its tables."""
 
     way: Way
     problem: Problem
@@ -70,7 +70,9 @@ class Search:
     steps: int
     device: int
 
-    def best(self, keeps: Sequence[LeafKind], lengths: Sequence[int], levels: Levels) -> list[Candidate]:
+    def best(
+        self, keeps: Sequence[LeafKind], lengths: Sequence[int], levels: Levels
+    ) -> list[tuple[Candidate, Estimate]]:
         """The best candidate of every leaf, with and without slower tiers, the fastest first; none if nothing fits."""
         tiers = dict.fromkeys([(), levels])
         ways = [Way(keep, length, used) for keep in keeps for length in lengths for used in tiers]
@@ -85,9 +87,11 @@ class Search:
         first: dict[tuple[LeafKind, bool], Candidate] = {}
         for candidate in found:
             first.setdefault((candidate.way.keep, bool(candidate.problem.levels)), candidate)
-        return list(first.values())
+        # Where places lie apart, a walk takes less than its table says.
+        walks = [(candidate, self._estimate(candidate)) for candidate in first.values()]
+        return sorted(walks, key=lambda walk: replace(walk[0], seconds=walk[1].seconds).rank)
 
-    def estimate(self, candidate: Candidate) -> Estimate:
+    def _estimate(self, candidate: Candidate) -> Estimate:
         """All figures of a candidate."""
         way = candidate.way
         estimate = walked(outline(candidate.problem), self.costs, self.steps, way.length, way.keep, "")
