@@ -1,6 +1,7 @@
 """Cleaning a labelled set: its baselines, what it refuses, and the command on CIFAR-10 with human labels."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,13 @@ def test_the_command_fills_its_directory_and_can_be_resumed(tmp_path: Path, shar
 def test_what_is_refused(arguments, message, capsys: pytest.CaptureFixture[str]):
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_cleanlab_is_said_before_anything_is_trained(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cleanlab", None)
+    assert main(["select", "--task", "labels", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "pip install 'metagradient[labels]'" in "".join(capsys.readouterr().err.split("\n"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_arm_trains_on_what_its_name_says(shared_data):

@@ -47,6 +47,11 @@ def gradient_cosine(classifier: Classifier, state: TrainState, pool: Images, tar
     )
 
 
+def cleanlab() -> tuple[Any, Any]:
+    """Cleanlab's modules of filters and of ranks; `ConfigError` where it isn't installed."""
+    return library("cleanlab.filter", "labels"), library("cleanlab.rank", "labels")
+
+
 def confident_learning(classifier: Classifier, fit: Fit, pool: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Confident learning, by the cleanlab library: from class probabilities of networks that didn't see an example.
 
@@ -60,7 +65,7 @@ def confident_learning(classifier: Classifier, fit: Fit, pool: Images, seed: int
 
     Source: C. Northcutt, L. Jiang, I. Chuang, "Confident Learning", JAIR 2021.
     """
-    filters, ranks = (library(f"cleanlab.{part}", "labels") for part in ("filter", "rank"))
+    filters, ranks = cleanlab()
     assert pool.observed is not None
     probabilities = np.empty((len(pool), classifier.classes))
     folds = np.array_split(np.random.default_rng((seed, 6)).permutation(len(pool)), _FOLDS)

@@ -26,7 +26,7 @@ from metagradient.run import train
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
-from metagradient.tasks.label_filters import confident_learning, gradient_cosine, small_loss
+from metagradient.tasks.label_filters import cleanlab, confident_learning, gradient_cosine, small_loss
 from metagradient.tasks.noisy_labels_page import ACCURACIES, WEIGHTS, arms_table, page
 from metagradient.training import Training, TrainState
 
@@ -147,11 +147,13 @@ def run(config: NoisyLabels, *, resume: bool = False) -> dict[str, float]:
         `auroc_RANKING` of wrong labels, `kept_ARM` (share of examples that a filter kept), `way` (of MGD from all
         examples as labelled to all with true labels), `training_runs`, `seconds`.
 
-    Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
+    Errors: `ConfigError` for sizes that the data can't meet, and where cleanlab is not installed; `DataError` for files
+        that can't be read.
 
     Cost: `meta_steps` x `seeds` metagradients, and about 17 + 10 `fresh` trainings.
     """
     start = perf_counter()
+    cleanlab()
     task = prepare(config)
     directory = RunDirectory.begin(config.out or free_directory(NAME), config, NAME, resume=resume)
     seconds_before = sum(t["seconds"] for t in directory.timings)
