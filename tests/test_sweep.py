@@ -40,7 +40,7 @@ class Maker:
             objective=lambda state, z: jnp.sum((state - TARGET) ** 2),
             accuracy=lambda state: float(np.mean(np.sign(state) == np.sign(TARGET))),
             directions=lambda z, seed: {"mine": [{"weights": mg.PerExample(jnp.arange(4.0)), "rate": jnp.zeros(())}]},
-            gain=lambda training, rate: rate * knobs["rough"],
+            gain=lambda training, rate: rate * knobs["rough"] + float(training.init[0]),
         )
 
 
@@ -61,6 +61,13 @@ def test_each_recipe_is_probed_at_the_rate_that_suits_it(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [line["knobs"] for line in lines] == [{"rough": 0.0}, {"rough": 0.3}]
     assert lines[0]["smoothness"]["rows"][0]["grade"] == "smooth"
+
+
+def test_a_gain_is_the_mean_of_those_of_its_seeds():
+    found = sweep(Maker(), [{"rough": 0.0}], gain_seeds=(100, 300), **OPTIONS).outcomes[0]
+    assert found.gain == pytest.approx(0.2)
+    with pytest.raises(StructureError, match="gain_seeds"):
+        sweep(Maker(), [{"rough": 0.0}], gain_seeds=(), **OPTIONS)
 
 
 def test_slack_takes_a_lower_rate_that_is_nearly_as_good():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from metagradient.errors import ConfigError, MetagradientError
 from metagradient.tasks.directory import RunDirectory
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             task.run(parse(name, task.config, rest, with_data=task.preset))
     except MetagradientError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return 2
     return 0
 

@@ -134,6 +134,7 @@ def sweep(
     file: str | Path | None = None,
     step: float | Sequence[float] = 0.1,
     accuracy_seeds: Sequence[int] = (1, 2, 3),
+    gain_seeds: Sequence[int] = (0,),
     seed: int = 0,
     at_once: int | None = None,
     progress: Callable[[Outcome], None] | None = None,
@@ -149,6 +150,7 @@ def sweep(
         file: JSON lines, one an outcome, appended as they come. Recipes already in it are not run again.
         step: h of the probe, or several.
         accuracy_seeds: seeds of the trainings that measure accuracy.
+        gain_seeds: seeds of the trainings of whose gains the mean is taken.
         seed: of the trainings that choose a rate, and of the probe.
         at_once: as in `metasmoothness`.
         progress: called with every outcome, old ones too.
@@ -169,14 +171,21 @@ def sweep(
         raise StructureError(f"slack must not be negative, got {slack}")
     if not len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise StructureError(f"rates must be positive learning rates, at least one, got {list(rates)}")
-    settings = _plain({"rates": rates, "slack": slack, "step": step, "accuracy_seeds": accuracy_seeds, "seed": seed})
+    if not gain_seeds:
+        raise StructureError("gain_seeds must hold at least one seed")
+    settings = _plain(
+        {
+            "rates": rates, "slack": slack, "step": step, "accuracy_seeds": accuracy_seeds, "gain_seeds": gain_seeds,
+            "seed": seed,
+        }
+    )  # fmt: skip
     path = Path(file) if file is not None else None
     done = _done(path, settings) if path else []
     outcomes = []
     for recipe in recipes:
         outcome = next((o for o in done if o.knobs == _plain(recipe)), None)
         if outcome is None:
-            outcome = _outcome(make(recipe), recipe, rates, slack, step, accuracy_seeds, seed, at_once)
+            outcome = _outcome(make(recipe), recipe, rates, slack, step, accuracy_seeds, gain_seeds, seed, at_once)
             if path:
                 append_text(path, json.dumps({"settings": settings, **vars(outcome)}) + "\n")
         outcomes.append(outcome)
@@ -192,6 +201,7 @@ def _outcome(
     slack: float,
     step: float | Sequence[float],
     accuracy_seeds: Sequence[int],
+    gain_seeds: Sequence[int],
     seed: int,
     at_once: int | None,
 ) -> Outcome:
@@ -221,7 +231,7 @@ def _outcome(
         problems.append(str(problem))
     if candidate.gain:
         try:
-            gain = candidate.gain(training, rate)
+            gain = float(np.mean([candidate.gain(candidate.training(other), rate) for other in gain_seeds]))
         except NonFiniteError as problem:
             problems.append(str(problem))
     return Outcome(

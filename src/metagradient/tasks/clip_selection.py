@@ -165,4 +165,4 @@ def _print(directory: RunDirectory) -> None:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)

@@ -369,4 +369,6 @@ def _print(directory: RunDirectory) -> None:
             cells = (f"{result[f'{x}_{arm}']:.4f} ± {result[f'error_{x}_{arm}']:.4f}" for x in ("loss", "accuracy"))
             table.add_row(name, *cells)
     console.print(table)
-    console.print(f"selected: {directory / SELECTED}   report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(
+        f"selected: {directory / SELECTED}   report: {directory / 'report.html'}", markup=False, soft_wrap=True
+    )

@@ -276,7 +276,7 @@ def _print(directory: RunDirectory) -> None:
         f"AUROC of wrong labels by weight: {result['auroc_flipped']:.3f}   "
         f"compute: {result['training_runs']:.0f} training runs' worth, {result['seconds']:.0f} s in all"
     )
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def page(directory: RunDirectory) -> Page:

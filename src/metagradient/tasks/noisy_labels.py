@@ -191,7 +191,7 @@ def run(config: NoisyLabels, *, resume: bool = False) -> dict[str, float]:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
     return result
 
 

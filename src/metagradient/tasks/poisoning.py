@@ -355,7 +355,7 @@ def _print(result: dict[str, float], directory: RunDirectory) -> None:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def _train(classifier: Classifier, images: Images, seed: int) -> TrainState:

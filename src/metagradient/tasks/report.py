@@ -44,7 +44,7 @@ def run(config: Report) -> list[Path]:
         pages[config.out or Path("comparison.html")] = comparison(directories)
     for path, made in pages.items():
         write(made, path)
-        Console().print(f"report: {path}", soft_wrap=True)
+        Console().print(f"report: {path}", markup=False, soft_wrap=True)
     return list(pages)
 
 

@@ -156,7 +156,7 @@ def printed(console: Console, directory: RunDirectory) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(verdict(directory), highlight=False)
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def _result(directory: RunDirectory) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class SmoothnessProbe:
     """meta-steps of that"""
     gain_rate: float = 0.12
     """move of every pixel in one of them"""
+    gain_seeds: int = 1
+    """seeds over which that is averaged"""
     cut_points: int = 9
     """points of a cut through the loss along the metagradient; 0 leaves cuts out"""
     cut_reach: float = 0.3
@@ -182,7 +184,7 @@ class Bench:
         )
 
     def _gain(self, training: Training, objective: Any, pool: Images, log_rate: PerStep) -> float:
-        """What a few meta-steps of poisoning, one seed throughout, raise the validation loss by.
+        """What a few meta-steps of poisoning, of this one training, raise the validation loss by.
 
         Counted from the mean over the same moves with random signs: at a rough recipe's z any move changes the loss,
         and a rate that was chosen for a low loss there would count as a gain of the descent.
@@ -237,7 +239,7 @@ def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
 
     Cost: for each recipe, a training a learning rate and an accuracy seed, 1 + 4 x directions trainings a step size,
-        `gain_steps` + 1 metagradients; then, for smooth and standard, a metagradient and a cut's trainings.
+        for each of `gain_seeds` `gain_steps` metagradients and 4 trainings; then, for smooth and standard, a metagradient and a cut's trainings.
     """
     start = perf_counter()
     console = Console()
@@ -249,7 +251,7 @@ def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:
     result = {**figures_of(found), "seconds": perf_counter() - start}
     directory.result(result)
     write(page(directory), directory / "report.html")
-    console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
     return result
 
 
@@ -265,7 +267,7 @@ def probe(bench: Bench, recipes: Sequence[Knobs], file: Path, progress: Any = No
     seeds = [fresh_seed(c.seed, i) for i in range(c.accuracy_seeds)]
     return sweep(
         bench.candidate, recipes, rates=c.rates, slack=c.slack, file=file, step=c.step, accuracy_seeds=seeds,
-        seed=c.seed, at_once=1, progress=progress,
+        gain_seeds=list(range(c.seed, c.seed + c.gain_seeds)), seed=c.seed, at_once=1, progress=progress,
     )  # fmt: skip
 
 
