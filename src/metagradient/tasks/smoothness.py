@@ -239,7 +239,8 @@ def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:
     Errors: `ConfigError` for sizes that the data can't meet; `DataError` for files that can't be read.
 
     Cost: for each recipe, a training a learning rate and an accuracy seed, 1 + 4 x directions trainings a step size,
-        for each of `gain_seeds` `gain_steps` metagradients and 4 trainings; then, for smooth and standard, a metagradient and a cut's trainings.
+        for each of `gain_seeds` `gain_steps` metagradients and 4 trainings; then, for smooth and standard, a
+        metagradient and a cut's trainings.
     """
     start = perf_counter()
     console = Console()
