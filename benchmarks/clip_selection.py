@@ -27,7 +27,7 @@ from metagradient.files import append_text
 from metagradient.models.clip import contrastive_losses
 from metagradient.report.page import Table
 from metagradient.tasks.clip_page import arms_table, curves, recalls_table
-from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, run
+from metagradient.tasks.clip_selection import NAME, ClipSelection, Prepared, prepare, run
 from metagradient.tasks.clip_training import fitted_scale, recalls, soft_rank
 from metagradient.tasks.clip_trials import TRAININGS
 from metagradient.tasks.directory import RunDirectory
@@ -128,13 +128,6 @@ def beside(directories: Sequence[RunDirectory]) -> str:
     )
 
 
-def made(path: Path, config: ClipSelection) -> RunDirectory:
-    """A run, which is made, or gone on with, where it isn't there."""
-    if not (path / "result.json").exists():
-        run(replace(config, out=path), resume=(path / "config.toml").exists())
-    return RunDirectory.read(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
@@ -146,7 +139,7 @@ def main() -> None:
     given = parser.parse_args()
     config = parse("select-clip", ClipSelection(), ["--preset", given.preset, "--data", str(given.data)])
     given.runs.mkdir(parents=True, exist_ok=True)
-    directory = made(given.runs / given.preset, config)
+    directory = RunDirectory.finished(given.runs / given.preset, config, NAME, run)
     ordered = orders(given.runs / "orders.jsonl", prepare(config), STEPS, given.seeds)
     result = directory.figures
     assert result is not None

@@ -17,22 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from metagradient.cli import begun
 from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.noisy_labels import NAME, NoisyLabels, run
 from metagradient.tasks.noisy_labels_page import ACCURACIES, ARMS, RANKINGS
-
-
-def finished(path: Path, config: NoisyLabels) -> RunDirectory:
-    """The run in a directory, begun or gone on with where needed."""
-    if not path.exists():
-        run(replace(config, out=path))
-    elif not (path / "result.json").exists():
-        begun_with = begun(NAME, NoisyLabels(), ["--resume", str(path)])
-        assert begun_with is not None
-        run(begun_with, resume=True)
-    return RunDirectory.read(path)
 
 
 def interval(values: Any) -> str:
@@ -91,7 +79,9 @@ def main() -> None:
         section(
             labels,
             [
-                finished(given.runs / f"{labels}-{seed}", replace(config, labels=labels, seed=seed))
+                RunDirectory.finished(
+                    given.runs / f"{labels}-{seed}", replace(config, labels=labels, seed=seed), NAME, run
+                )
                 for seed in range(given.seeds)
             ],
         )

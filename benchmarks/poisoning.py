@@ -2,7 +2,7 @@
 
     python benchmarks/poisoning.py --data DIR [--runs runs/poisoning] [--out docs]
 
-DIR holds CIFAR-10 in Parquet. Runs that --runs holds already are read, not made again.
+DIR holds CIFAR-10 in Parquet. Runs that --runs holds already are read, or gone on with, not made again.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import datetime
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -21,11 +21,11 @@ import numpy as np
 
 import metagradient as mg
 from metagradient.cli import parse
-from metagradient.descent.journal import RECORDS, read_lines
 from metagradient.descent.seeds import inner_seed
 from metagradient.report.figures import Figure, before_and_after, lines
+from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.poisoning import Poison, prepare, run
-from metagradient.tasks.poisoning_report import curves, drops, losses
+from metagradient.tasks.poisoning_report import POISONS, curves, drops, losses
 
 TEMPLATE = Path(__file__).with_name("poisoning.md.in")
 
@@ -51,13 +51,12 @@ class Found:
         return f"{ours:.1f} ± {error:.1f} points; gradient canceling {other:.2f} ± {of_other:.2f}, {times}"
 
 
-def made(directory: Path, config: Poison) -> Found:
-    """A run, which is made where it isn't there."""
-    if not (directory / "result.json").exists():
-        run(replace(config, out=directory))
-    attacked, held_out = curves(read_lines(directory / RECORDS))
-    with np.load(directory / "poisons.npz") as saved:
-        return Found(json.loads((directory / "result.json").read_text()), attacked, held_out, dict(saved))
+def found(directory: RunDirectory) -> Found:
+    """What a finished run holds."""
+    attacked, held_out = curves(directory.records)
+    assert directory.figures is not None
+    with np.load(directory / POISONS) as saved:
+        return Found(directory.figures, attacked, held_out, dict(saved))
 
 
 def agreement(file: Path, config: Poison, windows: Sequence[int | None], seeds: int = 6) -> dict[str, list[float]]:
@@ -89,7 +88,10 @@ def main() -> None:
     given = parser.parse_args()
     presets = "cifar10", "cifar10-transfer"
     configs = [parse("poison", Poison(), ["--preset", preset, "--data", str(given.data)]) for preset in presets]
-    fixed, varied = (made(given.runs / preset, config) for preset, config in zip(presets, configs, strict=True))
+    fixed, varied = (
+        found(RunDirectory.finished(given.runs / preset, config, "poison", run))
+        for preset, config in zip(presets, configs, strict=True)
+    )
     cosines = agreement(given.runs / "agreement.json", configs[1], (None, configs[1].window))
     whole, last = (np.mean(pairs) for pairs in cosines.values())
     series = {

@@ -9,29 +9,17 @@ goes on with it, and where it is finished, only the page is made. With --out, wr
 import argparse
 import datetime
 import platform
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metagradient.cli import begun, parse
+from metagradient.cli import parse
 from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.schedule import RateSchedule, run
 from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picked_step, picks, rows, verdict
-
-
-def finished(path: Path, data: Path) -> RunDirectory:
-    """The run in a directory, begun or gone on with where needed."""
-    if not path.exists():
-        run(replace(parse("schedule", RateSchedule(), ["--preset", "tiny", "--data", str(data)]), out=path))
-    elif not (path / "result.json").exists():
-        begun_with = begun("schedule", RateSchedule(), ["--resume", str(path)])
-        assert begun_with is not None
-        run(begun_with, resume=True)
-    return RunDirectory.read(path)
 
 
 def by_compute(directory: RunDirectory) -> str:
@@ -103,7 +91,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/schedule-cifar10"))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    directory = finished(given.run, given.data)
+    config = parse("schedule", RateSchedule(), ["--preset", "tiny", "--data", str(given.data)])
+    directory = RunDirectory.finished(given.run, config, "schedule", run)
     print(page(directory))
     if given.out:
         (given.out / "schedule.md").write_text(page(directory))

@@ -65,6 +65,31 @@ def test_a_run_is_resumed_only_as_it_was_begun(tmp_path: Path):
         RunDirectory.begin(tmp_path, Config(), "probe", resume=True)
 
 
+def test_a_run_is_made_once_and_gone_on_with_where_it_was_cut_off(tmp_path: Path):
+    resumed = []
+
+    def run(config: Config, *, resume: bool) -> None:
+        assert config.out is not None
+        directory = RunDirectory.begin(config.out, config, "probe", resume=resume)
+        resumed.append(resume)
+        if resume:
+            directory.result({"score": config.seed})
+
+    def finished(config: Config) -> RunDirectory:
+        return RunDirectory.finished(tmp_path / "run", config, "probe", run)
+
+    assert finished(Config(seed=3)).figures is None  # it was cut off
+    with pytest.raises(ConfigError, match="other settings: seed"):
+        finished(Config(seed=4))
+    assert finished(Config(seed=3)).figures == {"score": 3}
+    assert finished(Config(seed=3)).figures == {"score": 3}
+    assert resumed == [False, True]
+    with pytest.raises(ConfigError, match="other settings: seed"):
+        finished(Config(seed=4))
+    with pytest.raises(ConfigError, match="metagradient probe"):
+        RunDirectory.finished(tmp_path / "run", Config(), "other", run)
+
+
 @pytest.fixture(scope="module")
 def one_segment():
     """Steps compiled in one way: what is measured can differ from run to run, and with it the last bits."""

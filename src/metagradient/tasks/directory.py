@@ -2,7 +2,8 @@
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -53,19 +54,14 @@ class RunDirectory:
         Errors: `ConfigError` where it holds a run already; with `resume`, where it holds none that can be gone on with:
             it is absent, finished, another command's, or was begun with other settings.
         """
-        text = tomli_w.dumps({"command": command, **_plain({k: v for k, v in asdict(config).items() if k != "out"})})
-        _, *settings = tomllib.loads(text).items()
-        self = cls(path, command, dict(settings))
+        self = cls._with(path, config, command)
         if resume:
-            begun = cls.unfinished(path, command).config
-            changed = sorted(k for k in {*begun, *self.config} if begun.get(k) != self.config.get(k))
-            if changed:
-                raise ConfigError(f"{path} was begun with other settings: {', '.join(changed)}")
+            self._require_settings_of(cls.unfinished(path, command))
         elif (path / _CONFIG).exists():
             raise ConfigError(f"{path} holds a run already: choose another --out, delete it, or --resume it")
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_text(path / _CONFIG, text)
+            write_text(path / _CONFIG, tomli_w.dumps({"command": command, **self.config}))
         write_text(path / _VERSIONS, json.dumps(versions(), indent=2) + "\n")
         return self
 
@@ -79,16 +75,53 @@ class RunDirectory:
             raise ConfigError(f"{path} is no run directory: its {_CONFIG} is absent or names no command") from error
 
     @classmethod
+    def finished(cls, path: Path, config: Any, command: str, run: Callable[..., Any]) -> Self:
+        """A run that is there, or is made now, or gone on with where it was cut off.
+
+        Arguments:
+            path, config, command: as in `begin`.
+            run: `run(config, resume=...)` makes it, or goes on with it.
+
+        Errors: `ConfigError` where another command's run is there, or one of other settings.
+        """
+        if (path / _CONFIG).exists():
+            self = cls.read(path)
+            self._require_command(command)
+            cls._with(path, config, command)._require_settings_of(self)
+            if self.figures is not None:
+                return self
+        run(replace(config, out=path), resume=(path / _CONFIG).exists())
+        return cls.read(path)
+
+    @classmethod
     def unfinished(cls, path: Path, command: str) -> Self:
         """A run that can be gone on with. `ConfigError` where it is another command's, or finished."""
         self = cls.read(path)
-        if self.command != command:
-            raise ConfigError(f"{path} holds a run of `metagradient {self.command}`, not of `metagradient {command}`")
+        self._require_command(command)
         if self.figures is not None:
             raise ConfigError(
                 f"{path} holds a finished run: `metagradient report {path}` shows it, another --out begins a new one"
             )
         return self
+
+    @classmethod
+    def _with(cls, path: Path, config: Any, command: str) -> Self:
+        """With settings of a dataclass, as TOML has them."""
+        written = tomli_w.dumps(_plain({k: v for k, v in asdict(config).items() if k != "out"}))
+        return cls(path, command, tomllib.loads(written))
+
+    def _require_command(self, command: str) -> None:
+        """`ConfigError` unless it is this command's run."""
+        if self.command != command:
+            raise ConfigError(
+                f"{self.path} holds a run of `metagradient {self.command}`, not of `metagradient {command}`"
+            )
+
+    def _require_settings_of(self, other: Self) -> None:
+        """`ConfigError` unless it has the settings of another, which is there already."""
+        changed = sorted(k for k in {*other.config, *self.config} if other.config.get(k) != self.config.get(k))
+        if changed:
+            raise ConfigError(f"{self.path} was begun with other settings: {', '.join(changed)}")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
