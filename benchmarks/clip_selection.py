@@ -153,6 +153,7 @@ def main() -> None:
         arms=arms_table(directory).markdown(),
         recalls=recalls_table(directory).markdown(),
         seeds=config.fresh,
+        order_seeds=given.seeds,
         ratio=f"{result['gain_ratio']:.2f}",
         ours=gain("mgd"),
         **{arm: gain(arm) for arm in ("subset", "score", "ensemble", "oracle")},

@@ -19,6 +19,7 @@ from metagradient.errors import ConfigError, DataError, MetagradientError
 from metagradient.models.clip import contrastive_losses
 from metagradient.report.page import render
 from metagradient.tasks.clip_baselines import CaptionRules, chosen, highest, without_duplicates
+from metagradient.tasks.clip_descent import start
 from metagradient.tasks.clip_page import page
 from metagradient.tasks.clip_rater import feature_names, features, rated
 from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, run
@@ -247,6 +248,21 @@ def test_zero_shot_goes_by_the_mean_of_a_groups_names(tmp_path: Path):
         file.write_text(bad)
         with pytest.raises(DataError, match=r"classes\.json"):
             load_names(file)
+
+
+@pytest.mark.parametrize("method", ["rater", "both"])
+def test_a_rater_begins_at_the_score_filter(trained, method):
+    task, trainer, state = trained
+    embedded = trainer.embedded_arrays(state, task.arrays)
+    table = features(task.pool, [[embedded], [embedded]], [trainer.embedded(state, task.target)], 0)
+    scores = (embedded[0] * embedded[1]).sum(1)
+    c = ClipSelection(method=method, score_steps=(8, 60), head_start=2.5)
+    z = start(c, len(scores))
+    assert float(z["rater"][feature_names((8, 60)).index("cosine after 60 steps")]) == 2.5
+    weights = rated(jnp.asarray(table), z["rater"])
+    assert highest(np.asarray(weights), 0.5).tolist() == highest(scores, 0.5).tolist()
+    assert float(weights.max() - weights.min()) > 1.5
+    assert set(z) == ({"rater"} if method == "rater" else {"rater", "weights"})
 
 
 def test_a_rater_goes_by_features_that_tell_mismatched_pairs(trained):

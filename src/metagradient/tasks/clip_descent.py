@@ -15,8 +15,8 @@ from metagradient.descent.loop import Descent, descend
 from metagradient.files import replace_file
 from metagradient.metaparameters import PerExample
 from metagradient.surrogate import CountSurrogate
-from metagradient.tasks.clip_rater import feature_names, features, rated
-from metagradient.tasks.clip_setup import Prepared, at
+from metagradient.tasks.clip_rater import cosine_name, feature_names, features, rated
+from metagradient.tasks.clip_setup import ClipSelection, Prepared, at
 from metagradient.tasks.clip_trials import Arm, Trials
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.following import follow
@@ -66,10 +66,10 @@ def learnt(
     """
     c, n = task.config, len(task.pool)
     if c.method == "counts":
-        start = {"counts": PerExample(jnp.ones(n))}
+        ones = {"counts": PerExample(jnp.ones(n))}
         found = [
             Learnt(step, z["counts"], {})
-            for step, z in _descended(task, directory, _surrogate(task), start, updates.counts(c.flip, c.seed)).items()
+            for step, z in _descended(task, directory, _surrogate(task), ones, updates.counts(c.flip, c.seed)).items()
         ]
     else:
         found = _by_weights(task, trials, scoring, directory)
@@ -83,15 +83,27 @@ def learnt(
     return min(found, key=rank)
 
 
+def start(config: ClipSelection, n: int) -> dict[str, Any]:
+    """Where a descent in a weight for each of n pairs, in a rater, or in both begins.
+
+    All pairs are alike, but for what a rater makes of the models' mean cosines.
+    """
+    found: dict[str, Any] = {}
+    if config.method != "weights":
+        names = feature_names(config.score_steps)
+        cosine = names.index(cosine_name(config.score_steps[-1]))
+        found["rater"] = jnp.zeros(len(names)).at[cosine].set(config.head_start)
+    if config.method != "rater":
+        found["weights"] = PerExample(jnp.ones(n))
+    return found
+
+
 def _by_weights(task: Prepared, trials: Trials, scoring: Sequence[int], directory: RunDirectory) -> list[Learnt]:
     """Descents in a weight for each pair, in a rater, or in both, whose weights are multiplied."""
     c, n, arrays = task.config, len(task.pool), task.arrays
-    start, names = {}, []
-    if c.method != "weights":
-        arrays, names = {**arrays, "features": _features(task, trials, scoring)}, feature_names(c.score_steps)
-        start["rater"] = jnp.zeros(len(names))
-    if c.method != "rater":
-        start["weights"] = PerExample(jnp.ones(n))
+    names = [] if c.method == "weights" else feature_names(c.score_steps)
+    if names:
+        arrays = {**arrays, "features": _features(task, trials, scoring)}
 
     def training(seed: int) -> Training:
         return task.trainer.training(arrays, seed)
@@ -99,7 +111,7 @@ def _by_weights(task: Prepared, trials: Trials, scoring: Sequence[int], director
     update = updates.normalised(optax.linear_schedule(c.rate, c.final_rate, max(1, c.meta_steps - 1)), c.momentum)
     bounded = partial(_bounded, most=c.most)
     found = []
-    for step, z in _descended(task, directory, training, start, update, window=c.window, project=bounded).items():
+    for step, z in _descended(task, directory, training, start(c, n), update, window=c.window, project=bounded).items():
         weights = z.get("weights", np.ones(n, np.float32))
         if "rater" in z:
             weights = weights * np.asarray(rated(jnp.asarray(arrays["features"]), jnp.asarray(z["rater"])))

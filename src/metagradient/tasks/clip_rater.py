@@ -74,13 +74,18 @@ def feature_names(steps: Sequence[int]) -> list[str]:
     Arguments:
         steps: after how many the models were taken.
     """
-    of_models = [f"{what} after {count} steps" for count in steps for what in ("cosine", "contrastive loss")]
+    of_models = [name for count in steps for name in (cosine_name(count), f"contrastive loss after {count} steps")]
     of_vectors = [
         f"{kind}: {what}"
         for kind in ("image", "caption")
         for what in (*(f"component {i + 1}" for i in range(_DIRECTIONS)), "nearness to the target")
     ]
     return [*of_models, *of_vectors, *(f"caption: {what}" for what in ("words", "characters", "letters", "digits"))]
+
+
+def cosine_name(steps: int) -> str:
+    """Name of the feature that CLIP-score filters go by: the cosine of image and caption after so many steps."""
+    return f"cosine after {steps} steps"
 
 
 def rated(table: jax.Array, rater: jax.Array) -> jax.Array:

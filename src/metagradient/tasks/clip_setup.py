@@ -57,6 +57,9 @@ class ClipSelection:
     """... and in the last"""
     momentum: float = 0.7
     """rater and weights: momentum of the descent"""
+    head_start: float = 3.0
+    """rater: what a pair's cosine after the last of score_steps, in standard deviations, counts for at first: the
+    descent begins at a soft CLIP-score filter; 0 begins with all pairs alike"""
     most: float = 2.0
     """weights: the highest that a pair may have, a rater's factor apart; it starts at 1"""
     flip: float = 0.2
