@@ -110,9 +110,11 @@ def designs_table(directories: Sequence[RunDirectory]) -> Table:
         best = max(float(np.mean(found)) for found in tried.values())
         gains = (f"{r[f'gain_{arm}']:+.3f} ± {r[f'gain_error_{arm}']:.3f}" for arm in ("subset", "mgd"))
         ratio = f"{r['gain_subset'] / r['gain_score']:.1f}"
-        rows.append((c["method"], c["meta_steps"], c["scorers"], c["fresh"], f"{best:.3f}", *gains, ratio))
+        # Runs of before there was one had no head start.
+        settings = (c["method"], f"{c.get('head_start', 0):g}", c["meta_steps"], c["scorers"], c["fresh"])
+        rows.append((*settings, f"{best:.3f}", *gains, ratio))
     header = (
-        *("method", "meta-steps", "scorers", "fresh seeds", "best recall on validation"),
+        *("method", "head start", "meta-steps", "scorers", "fresh seeds", "best recall on validation"),
         *("gain of the subset", "gain of the weights", "subset's, over one model's score filter"),
     )
     return Table(header, rows)

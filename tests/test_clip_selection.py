@@ -18,7 +18,7 @@ from metagradient.data.image_text import load_pool, read_uids
 from metagradient.errors import ConfigError, DataError, MetagradientError
 from metagradient.models.clip import contrastive_losses
 from metagradient.report.page import render
-from metagradient.tasks.clip_baselines import CaptionRules, chosen, highest, without_duplicates
+from metagradient.tasks.clip_baselines import CaptionRules, chosen, drawn, highest, without_duplicates
 from metagradient.tasks.clip_descent import start
 from metagradient.tasks.clip_page import page
 from metagradient.tasks.clip_rater import feature_names, features, rated
@@ -83,17 +83,17 @@ def test_a_run_weighs_the_pool_and_fills_its_directory(weighed: Path):
     assert found["pairs_oracle"] == 72
     assert found["mismatched_oracle"] == 0
     assert found["mismatched_all"] == 1
-    assert {found[f"pairs_{arm}"] for arm in ("score", "ensemble", "subset")} <= {48, 77}
+    assert {found[f"pairs_{arm}"] for arm in ("score", "ensemble")} <= {48, 77}
     assert found["pairs_random"] == found["pairs_subset"]
     with np.load(out / "weights.npz") as saved:
         counts = dict(zip(saved["uids"].tolist(), saved["counts"].tolist(), strict=True))
         assert saved["weights"].min() >= 0
         assert saved["weights"].max() <= 4
         assert np.ptp(saved["weights"]) > 0.3
-        kept = saved["counts"] == 1
-        assert kept.sum() == found["pairs_subset"]
-        assert not saved["counts"][~kept].any()
-        assert saved["weights"][kept].min() >= saved["weights"][~kept].max()
+        weights, chosen_by = saved["weights"], json.loads(str(saved["settings"]))["subset"]
+        expected = drawn(weights, 96, 0) if "drawn" in chosen_by else highest(weights, float(chosen_by.split()[-1]))
+        assert saved["counts"].tolist() == expected.astype(int).tolist()
+        assert np.count_nonzero(expected) == found["pairs_subset"]
     listed = read_uids(out / "subset.npy")
     assert listed == sorted(listed)
     assert {u: listed.count(u) for u in set(listed)} == {u: c for u, c in counts.items() if c}
@@ -318,6 +318,17 @@ def test_filters(tmp_path: Path):
     assert highest(np.array([0.1, 0.5, 0.5, -1]), 0.5).tolist() == [False, True, True, False]
     with pytest.raises(ConfigError, match="share"):
         highest(np.ones(3), 0)
+
+
+def test_pairs_are_drawn_in_proportion_to_weights():
+    weights = np.array([0.0, 0.3, 1.2, 0.0, 2.5, 0.0])
+    for count in (4, 100):
+        draws = np.array([drawn(weights, count, seed) for seed in range(400)])
+        share = weights / weights.sum() * count
+        assert (draws.sum(1) == count).all()
+        assert ((draws >= np.floor(share)) & (draws <= np.ceil(share))).all()
+        np.testing.assert_allclose(draws.mean(0), share, atol=0.1)
+    assert drawn(np.ones(7, np.float32) / 3, 7, 1).tolist() == [1] * 7
 
 
 def test_a_setting_is_chosen_by_its_recall_and_one_that_keeps_too_little_is_left_out():

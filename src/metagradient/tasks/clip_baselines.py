@@ -92,13 +92,28 @@ def highest(scores: np.ndarray, share: float) -> np.ndarray:
     return kept
 
 
+def drawn(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """How often each pair comes in a draw in proportion to weights, int[n], in all `count` times.
+
+    A pair whose share of the count is x comes floor(x) or ceil(x) times, x times on average (systematic sampling).
+
+    Arguments:
+        weights: float[n], from 0, not all 0.
+        count: how many are drawn.
+        seed: of the one number that chance decides.
+    """
+    ends = np.cumsum(weights, dtype=np.float64)
+    ends = np.append(ends[:-1] / ends[-1] * count, count)
+    return np.diff(np.floor(ends + np.random.default_rng(seed).random()), prepend=0).astype(int)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One setting of a filter.
 
     Arguments:
         name: the setting, in words.
-        rows: the pairs it keeps, int[m].
+        rows: the pairs it keeps, int[m], some perhaps repeatedly.
         recall: what models trained on them reached on held-out pairs; NaN where it wasn't tried.
     """
 
@@ -113,14 +128,14 @@ def chosen(
     """The setting of a filter that does best on held-out pairs.
 
     Arguments:
-        candidates: settings by name, and which pairs each keeps, bool[n].
+        candidates: settings by name, and which pairs each keeps, bool[n], or how often, int[n].
         recall: `(name, rows) -> recall` on held-out pairs of models trained on those rows. Not called where there is
             nothing to choose.
         fewest: settings that keep fewer pairs are left out: they make no batch.
 
     Errors: `ConfigError` where all keep too few.
     """
-    able = [Candidate(name, np.flatnonzero(kept)) for name, kept in candidates if kept.sum() >= fewest]
+    able = [Candidate(name, np.repeat(np.arange(len(kept)), kept)) for name, kept in candidates if kept.sum() >= fewest]
     if not able:
         names = ", ".join(name for name, _ in candidates)
         raise ConfigError(f"every setting of a filter ({names}) keeps fewer pairs than a batch of {fewest}")

@@ -78,9 +78,9 @@ def page(directory: RunDirectory) -> Page:
         saved = dict(stored)
     settings = json.loads(str(saved["settings"]))
     kept = int(np.count_nonzero(saved["counts"]))
-    counted = config["method"] == "counts"
-    what = "a count" if counted else "a weight"
-    chosen_by = "those with a count above one repeated" if counted else "those with the highest weights"
+    what = "a count" if config["method"] == "counts" else "a weight"
+    repeated = saved["counts"].max() > 1
+    chosen_by = f"those of {'high' if repeated else 'the highest'} {what[2:]}s{', some repeatedly' if repeated else ''}"
     summary = (
         f"Which of {result['pairs']} image–text pairs should a CLIP be trained on? {what.capitalize()} for each pair "
         "was learnt by differentiating training runs: moved so that a model trained with them does better on a few "
@@ -96,7 +96,7 @@ def page(directory: RunDirectory) -> Page:
             "What each choice is worth",
             "Every row trains the same model for the same number of steps, from the same fresh seeds. Mean recall is "
             "the mean of recall at 1, 5 and 10, of captions by image and of images by caption. Settings of baselines "
-            f"and the share that MGD's subset is of the pool were chosen on validation pairs: {chosen}.",
+            f"and how MGD's subset is made of its weights were chosen on validation pairs: {chosen}.",
             arms_table(directory),
         ),
         Section("Recalls", table=recalls_table(directory)),

@@ -12,7 +12,7 @@ from metagradient.data.image_text import write_uids
 from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.report.page import write
-from metagradient.tasks.clip_baselines import Candidate, CaptionRules, chosen, highest, without_duplicates
+from metagradient.tasks.clip_baselines import Candidate, CaptionRules, chosen, drawn, highest, without_duplicates
 from metagradient.tasks.clip_descent import Learnt, learnt
 from metagradient.tasks.clip_page import ARMS, WEIGHTS, arms_table, page
 from metagradient.tasks.clip_setup import ClipSelection, Prepared, prepare
@@ -107,6 +107,7 @@ def _arms(
         found["subset"] = Candidate("counts", np.repeat(np.arange(n), weights.astype(int)))
     else:
         by_weight = [(f"weights: share {share:g}", highest(weights, share)) for share in c.shares]
+        by_weight.append(("weights: drawn", drawn(weights, n, c.seed)))
         found["subset"] = chosen(by_weight, recall, c.recipe.batch)
     subset = found["subset"].rows
     if len(subset) < c.recipe.batch:

@@ -73,7 +73,8 @@ class ClipSelection:
     """models, of a seed each, whose mean a rater goes by; with several, a CLIP-score filter by the mean of all their
     scores is one more baseline"""
     shares: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
-    """shares of the pool that a filter by score or by weights may keep; validation chooses"""
+    """shares of the pool that a filter by score or by weights may keep; validation chooses, for weights also between
+    these and a draw in proportion to them"""
     rule_words: tuple[int, ...] = (1, 2, 3)
     """caption rules: least number of words; validation chooses"""
     choosing: int = 2
