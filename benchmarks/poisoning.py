@@ -15,6 +15,7 @@ from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from string import Template
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +24,12 @@ import metagradient as mg
 from metagradient.cli import parse
 from metagradient.descent.seeds import inner_seed
 from metagradient.report.figures import Figure, before_and_after, lines
+from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.poisoning import Poison, prepare, run
 from metagradient.tasks.poisoning_report import POISONS, curves, drops, losses
+
+Agreement: TypeAlias = dict[str, dict[str, list[float]]]
 
 TEMPLATE = Path(__file__).with_name("poisoning.md.in")
 
@@ -59,25 +63,36 @@ def found(directory: RunDirectory) -> Found:
         return Found(directory.figures, attacked, held_out, dict(saved))
 
 
-def agreement(file: Path, config: Poison, windows: Sequence[int | None], seeds: int = 6) -> dict[str, list[float]]:
-    """Cosines between metagradients of different seeds, nothing poisoned yet: for every window, each pair's."""
+def agreement(file: Path, configs: Sequence[Poison], windows: Sequence[int | None], seeds: int = 6) -> Agreement:
+    """Cosines between metagradients of different seeds, nothing poisoned yet: by network and window, each pair's."""
     if not file.exists():
-        task, cosines = prepare(config), {}
-        images = jnp.zeros_like(task.chosen.images)
-        z, objective = {"pixels": mg.PerExample(images, rows=task.rows)}, task.classifier.mean_loss(task.target)
-        for window in windows:
-            found, segment = [], None
-            for seed in range(seeds):
-                training = task.classifier.training(
-                    task.pool.images, task.pool.labels, inner_seed(config.seed, 0, seed)
-                )
-                gradient = mg.value_and_metagrad(training, objective, window=window, segment=segment)
-                _, grad, stats = gradient.with_stats(z)
-                segment = stats.segment
-                found.append(np.ravel(grad["pixels"].value) / np.linalg.norm(grad["pixels"].value))
-            cosines[str(window)] = [float(a @ b) for a, b in combinations(found, 2)]
+        cosines: Agreement = {}
+        for config in configs:
+            task = prepare(config)
+            z = {"pixels": mg.PerExample(jnp.zeros_like(task.chosen.images), rows=task.rows)}
+            objective = task.classifier.mean_loss(task.target)
+            of_network = cosines.setdefault("-".join(map(str, config.recipe.widths)), {})
+            for window in windows:
+                units, segment = [], None
+                for seed in range(seeds):
+                    training = task.classifier.training(
+                        task.pool.images, task.pool.labels, inner_seed(config.seed, 0, seed)
+                    )
+                    gradient = mg.value_and_metagrad(training, objective, window=window, segment=segment)
+                    _, grad, stats = gradient.with_stats(z)
+                    segment = stats.segment
+                    units.append(np.ravel(grad["pixels"].value) / np.linalg.norm(grad["pixels"].value))
+                of_network[str(window)] = [float(a @ b) for a, b in combinations(units, 2)]
         file.write_text(json.dumps(cosines))
     return json.loads(file.read_text())
+
+
+def agreement_table(cosines: Agreement, steps: int) -> Table:
+    """Mean cosines of pairs of seeds, a row a network, a column a window."""
+    windows = next(iter(cosines.values()))
+    header = ("widths", *("whole run" if w == "None" else f"last {w} of {steps} steps" for w in windows))
+    rows = [(widths, *(f"{np.mean(pairs):.3f}" for pairs in by.values())) for widths, by in cosines.items()]
+    return Table(header, rows)
 
 
 def main() -> None:
@@ -92,8 +107,7 @@ def main() -> None:
         found(RunDirectory.finished(given.runs / preset, config, "poison", run))
         for preset, config in zip(presets, configs, strict=True)
     )
-    cosines = agreement(given.runs / "agreement.json", configs[1], (None, configs[1].window))
-    whole, last = (np.mean(pairs) for pairs in cosines.values())
+    cosines = agreement(given.runs / "agreement.json", configs, (None, configs[1].window))
     series = {
         "one run": fixed.attacked,
         "one run, held out": fixed.held_out,
@@ -118,11 +132,13 @@ def main() -> None:
         cost=f"{fixed.result['training_runs']:.0f} and {varied.result['training_runs']:.0f}",
         cost_canceling=f"{fixed.result['cancel_training_runs']:.0f}",
         seconds=f"{fixed.result['seconds']:.0f} and {varied.result['seconds']:.0f}",
-        cosine=f"{whole:.3f}",
-        cosine_window=f"{last:.3f}",
-        pairs=len(cosines["None"]),
+        agreement=agreement_table(cosines, configs[1].recipe.steps).markdown(),
+        pairs=len(cosines["8-16-32"]["None"]),
         window=configs[1].window,
+        seeds=configs[1].seeds,
+        meta_steps=configs[1].meta_steps,
         metagradients=configs[1].seeds * configs[1].meta_steps,
+        attacked_seed=varied.against("attacked"),
         fixed_fresh=fixed.against("fresh"),
         flips=f"{varied.result['drop_flips_fresh']:.2f} ± {varied.result['error_flips_fresh']:.2f}",
         left=f"{fixed.result['gradient_left']:.0%}",

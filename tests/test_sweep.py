@@ -1,9 +1,11 @@
 """Sweeps over recipes: what is measured, what is kept, what isn't run twice."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +70,17 @@ def test_a_gain_is_the_mean_of_those_of_its_seeds():
     assert found.gain == pytest.approx(0.2)
     with pytest.raises(StructureError, match="gain_seeds"):
         sweep(Maker(), [{"rough": 0.0}], gain_seeds=(), **OPTIONS)
+
+
+def test_compiled_programs_do_not_pile_up_over_recipes():
+    live: list[int] = []
+
+    def count(_: Outcome) -> None:
+        gc.collect()
+        live.append(len(jax.devices()[0].client.live_executables()))
+
+    sweep(Maker(), [{"rough": 0.01 * i} for i in range(4)], progress=count, **OPTIONS)
+    assert live[-1] <= live[0] + 3
 
 
 def test_slack_takes_a_lower_rate_that_is_nearly_as_good():
