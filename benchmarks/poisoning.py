@@ -138,7 +138,6 @@ def main() -> None:
         seeds=configs[1].seeds,
         meta_steps=configs[1].meta_steps,
         metagradients=configs[1].seeds * configs[1].meta_steps,
-        attacked_seed=varied.against("attacked"),
         fixed_fresh=fixed.against("fresh"),
         flips=f"{varied.result['drop_flips_fresh']:.2f} ± {varied.result['error_flips_fresh']:.2f}",
         left=f"{fixed.result['gradient_left']:.0%}",
