@@ -109,13 +109,13 @@ def designs_table(directories: Sequence[RunDirectory]) -> Table:
                 tried.setdefault(line["what"], []).append(line["recall"])
         best = max(float(np.mean(found)) for found in tried.values())
         gains = (f"{r[f'gain_{arm}']:+.3f} ± {r[f'gain_error_{arm}']:.3f}" for arm in ("subset", "mgd"))
-        ratio = f"{r['gain_subset'] / r['gain_score']:.1f}"
+        ratios = (f"{r[f'gain_{arm}'] / r['gain_score']:.1f}" for arm in ("subset", "mgd"))
         # Runs of before there was one had no head start.
         settings = (c["method"], f"{c.get('head_start', 0):g}", c["meta_steps"], c["scorers"], c["fresh"])
-        rows.append((*settings, f"{best:.3f}", *gains, ratio))
+        rows.append((*settings, f"{best:.3f}", *gains, *ratios))
     header = (
         *("method", "head start", "meta-steps", "scorers", "fresh seeds", "best recall on validation"),
-        *("gain of the subset", "gain of the weights", "subset's, over one model's score filter"),
+        *("gain of the subset", "gain of the weights", "subset's, over one model's score filter", "weights'"),
     )
     return Table(header, rows)
 
@@ -163,6 +163,8 @@ def main() -> None:
         twice_ensemble=f"{2 * result['gain_ensemble']:+.4f}",
         beside=beside([directory, *(RunDirectory.read(path) for path in given.beside)]),
         score_ratio=f"{result['gain_subset'] / result['gain_score']:.2f}",
+        weights_ratio=f"{result['gain_mgd'] / result['gain_score']:.2f}",
+        ensemble_ratio=f"{result['gain_mgd'] / result['best_baseline_gain']:.2f}",
         runs=f"{result['training_runs']:.0f}",
         pairs=result["pairs"],
         preset=given.preset,
