@@ -47,12 +47,15 @@ class Found:
         s = self.saved
         return before_and_after(s["clean"], s["images"], s["labels"], list(s["classes"]))
 
+    def drop(self, place: str, arm: str = "metagradient", digits: int = 1) -> str:
+        """Points lost, with their standard error."""
+        return f"{self.result[f'drop_{arm}_{place}']:.{digits}f} ± {self.result[f'error_{arm}_{place}']:.{digits}f}"
+
     def against(self, place: str) -> str:
         """The drop beside gradient canceling's."""
         ours, other = (self.result[f"drop_{arm}_{place}"] for arm in ("metagradient", "canceling"))
-        error, of_other = (self.result[f"error_{arm}_{place}"] for arm in ("metagradient", "canceling"))
         times = f"{ours / other:.0f} times" if other > 0 else "which lost none"
-        return f"{ours:.1f} ± {error:.1f} points; gradient canceling {other:.2f} ± {of_other:.2f}, {times}"
+        return f"{self.drop(place)} points; gradient canceling {self.drop(place, 'canceling', 2)}, {times}"
 
 
 def found(directory: RunDirectory) -> Found:
@@ -138,8 +141,10 @@ def main() -> None:
         seeds=configs[1].seeds,
         meta_steps=configs[1].meta_steps,
         metagradients=configs[1].seeds * configs[1].meta_steps,
-        fixed_fresh=fixed.against("fresh"),
-        flips=f"{varied.result['drop_flips_fresh']:.2f} ± {varied.result['error_flips_fresh']:.2f}",
+        one_fresh=fixed.drop("fresh"),
+        varied_fresh=varied.drop("fresh"),
+        varied_standard=varied.drop("standard"),
+        canceling_error=f"{varied.result['error_canceling_standard']:.1f}",
         left=f"{fixed.result['gradient_left']:.0%}",
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, jax {version('jax')}, "
         f"metagradient {version('metagradient')}",
