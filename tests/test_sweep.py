@@ -68,6 +68,7 @@ def test_each_recipe_is_probed_at_the_rate_that_suits_it(tmp_path: Path):
 def test_a_gain_is_the_mean_of_those_of_its_seeds():
     found = sweep(Maker(), [{"rough": 0.0}], gain_seeds=(100, 300), **OPTIONS).outcomes[0]
     assert found.gain == pytest.approx(0.2)
+    assert sweep(Maker(), [{"rough": 0.0}], seed=400, **OPTIONS).outcomes[0].gain == pytest.approx(0.4)
     with pytest.raises(StructureError, match="gain_seeds"):
         sweep(Maker(), [{"rough": 0.0}], gain_seeds=(), **OPTIONS)
 

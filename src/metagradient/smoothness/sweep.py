@@ -134,7 +134,7 @@ def sweep(
     file: str | Path | None = None,
     step: float | Sequence[float] = 0.1,
     accuracy_seeds: Sequence[int] = (1, 2, 3),
-    gain_seeds: Sequence[int] = (0,),
+    gain_seeds: Sequence[int] | None = None,
     seed: int = 0,
     at_once: int | None = None,
     progress: Callable[[Outcome], None] | None = None,
@@ -150,7 +150,7 @@ def sweep(
         file: JSON lines, one an outcome, appended as they come. Recipes already in it are not run again.
         step: h of the probe, or several.
         accuracy_seeds: seeds of the trainings that measure accuracy.
-        gain_seeds: seeds of the trainings of whose gains the mean is taken.
+        gain_seeds: seeds of the trainings of whose gains the mean is taken; None takes `seed` alone.
         seed: of the trainings that choose a rate, and of the probe.
         at_once: as in `metasmoothness`.
         progress: called with every outcome, old ones too.
@@ -172,6 +172,7 @@ def sweep(
         raise StructureError(f"slack must not be negative, got {slack}")
     if not len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise StructureError(f"rates must be positive learning rates, at least one, got {list(rates)}")
+    gain_seeds = [seed] if gain_seeds is None else gain_seeds
     if not gain_seeds:
         raise StructureError("gain_seeds must hold at least one seed")
     settings = _plain(
