@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
+from math import comb
 from pathlib import Path
 from string import Template
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +32,9 @@ from metagradient.tasks.poisoning_report import POISONS, curves, drops, losses
 
 Agreement: TypeAlias = dict[str, dict[str, list[float]]]
 
+SEEDS = 6
+"""Seeds whose metagradients are compared."""
+
 TEMPLATE = Path(__file__).with_name("poisoning.md.in")
 
 
@@ -42,6 +46,14 @@ class Found:
     attacked: list[float]
     held_out: list[float]
     saved: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, directory: RunDirectory) -> Self:
+        """What a finished run holds."""
+        attacked, held_out = curves(directory.records)
+        assert directory.figures is not None
+        with np.load(directory / POISONS) as saved:
+            return cls(directory.figures, attacked, held_out, dict(saved))
 
     def images(self) -> Figure:
         s = self.saved
@@ -58,34 +70,27 @@ class Found:
         return f"{self.drop(place)} points; gradient canceling {self.drop(place, 'canceling', 2)}, {times}"
 
 
-def found(directory: RunDirectory) -> Found:
-    """What a finished run holds."""
-    attacked, held_out = curves(directory.records)
-    assert directory.figures is not None
-    with np.load(directory / POISONS) as saved:
-        return Found(directory.figures, attacked, held_out, dict(saved))
+def cosines_of_seeds(config: Poison, window: int | None) -> list[float]:
+    """Cosines between metagradients of different seeds, nothing poisoned yet: each pair's."""
+    task, units, segment = prepare(config), [], None
+    z = {"pixels": mg.PerExample(jnp.zeros_like(task.chosen.images), rows=task.rows)}
+    objective = task.classifier.mean_loss(task.target)
+    for seed in range(SEEDS):
+        training = task.classifier.training(task.pool.images, task.pool.labels, inner_seed(config.seed, 0, seed))
+        gradient = mg.value_and_metagrad(training, objective, window=window, segment=segment)
+        _, grad, stats = gradient.with_stats(z)
+        segment = stats.segment
+        units.append(np.ravel(grad["pixels"].value) / np.linalg.norm(grad["pixels"].value))
+    return [float(a @ b) for a, b in combinations(units, 2)]
 
 
-def agreement(file: Path, configs: Sequence[Poison], windows: Sequence[int | None], seeds: int = 6) -> Agreement:
-    """Cosines between metagradients of different seeds, nothing poisoned yet: by network and window, each pair's."""
+def agreement(file: Path, configs: Sequence[Poison], windows: Sequence[int | None]) -> Agreement:
+    """Cosines between metagradients of different seeds, by network and window; the file keeps them."""
     if not file.exists():
-        cosines: Agreement = {}
-        for config in configs:
-            task = prepare(config)
-            z = {"pixels": mg.PerExample(jnp.zeros_like(task.chosen.images), rows=task.rows)}
-            objective = task.classifier.mean_loss(task.target)
-            of_network = cosines.setdefault("-".join(map(str, config.recipe.widths)), {})
-            for window in windows:
-                units, segment = [], None
-                for seed in range(seeds):
-                    training = task.classifier.training(
-                        task.pool.images, task.pool.labels, inner_seed(config.seed, 0, seed)
-                    )
-                    gradient = mg.value_and_metagrad(training, objective, window=window, segment=segment)
-                    _, grad, stats = gradient.with_stats(z)
-                    segment = stats.segment
-                    units.append(np.ravel(grad["pixels"].value) / np.linalg.norm(grad["pixels"].value))
-                of_network[str(window)] = [float(a @ b) for a, b in combinations(units, 2)]
+        cosines = {
+            "-".join(map(str, config.recipe.widths)): {str(w): cosines_of_seeds(config, w) for w in windows}
+            for config in configs
+        }
         file.write_text(json.dumps(cosines))
     return json.loads(file.read_text())
 
@@ -107,7 +112,7 @@ def main() -> None:
     presets = "cifar10", "cifar10-transfer"
     configs = [parse("poison", Poison(), ["--preset", preset, "--data", str(given.data)]) for preset in presets]
     fixed, varied = (
-        found(RunDirectory.finished(given.runs / preset, config, "poison", run))
+        Found.of(RunDirectory.finished(given.runs / preset, config, "poison", run))
         for preset, config in zip(presets, configs, strict=True)
     )
     cosines = agreement(given.runs / "agreement.json", configs, (None, configs[1].window))
@@ -136,7 +141,7 @@ def main() -> None:
         cost_canceling=f"{fixed.result['cancel_training_runs']:.0f}",
         seconds=f"{fixed.result['seconds']:.0f} and {varied.result['seconds']:.0f}",
         agreement=agreement_table(cosines, configs[1].recipe.steps).markdown(),
-        pairs=len(cosines["8-16-32"]["None"]),
+        pairs=comb(SEEDS, 2),
         window=configs[1].window,
         seeds=configs[1].seeds,
         meta_steps=configs[1].meta_steps,

@@ -78,11 +78,11 @@ def page(directory: RunDirectory) -> Page:
         saved = dict(stored)
     settings = json.loads(str(saved["settings"]))
     kept = int(np.count_nonzero(saved["counts"]))
-    what = "a count" if config["method"] == "counts" else "a weight"
+    what = "count" if config["method"] == "counts" else "weight"
     repeated = saved["counts"].max() > 1
-    chosen_by = f"those of {'high' if repeated else 'the highest'} {what[2:]}s{', some repeatedly' if repeated else ''}"
+    chosen_by = f"those of high {what}s, some repeatedly" if repeated else f"those of the highest {what}s"
     summary = (
-        f"Which of {result['pairs']} image–text pairs should a CLIP be trained on? {what.capitalize()} for each pair "
+        f"Which of {result['pairs']} image–text pairs should a CLIP be trained on? A {what} for each pair "
         "was learnt by differentiating training runs: moved so that a model trained with them does better on a few "
         f"clean pairs. No filter looked at which pairs are mismatched. The choice is in subset.npy: {kept} different "
         f"pairs, {chosen_by}.\n\n"

@@ -18,6 +18,7 @@ from metagradient.tasks.clip_page import ARMS, WEIGHTS, arms_table, page
 from metagradient.tasks.clip_setup import ClipSelection, Prepared, prepare
 from metagradient.tasks.clip_trials import Arm, Trials, figures
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.pages import say_report
 
 NAME = "select-clip"
 
@@ -166,4 +167,4 @@ def _print(directory: RunDirectory) -> None:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)

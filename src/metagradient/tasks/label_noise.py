@@ -29,7 +29,7 @@ from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
-from metagradient.tasks.pages import closing
+from metagradient.tasks.pages import closing, say_report
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
 
@@ -276,7 +276,7 @@ def _print(directory: RunDirectory) -> None:
         f"AUROC of wrong labels by weight: {result['auroc_flipped']:.3f}   "
         f"compute: {result['training_runs']:.0f} training runs' worth, {result['seconds']:.0f} s in all"
     )
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)
 
 
 def page(directory: RunDirectory) -> Page:

@@ -28,6 +28,7 @@ from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
 from metagradient.tasks.label_filters import cleanlab, confident_learning, gradient_cosine, small_loss
 from metagradient.tasks.noisy_labels_page import ACCURACIES, WEIGHTS, arms_table, page
+from metagradient.tasks.pages import say_report
 from metagradient.training import Training, TrainState
 
 NAME = "select-labels"
@@ -191,7 +192,7 @@ def run(config: NoisyLabels, *, resume: bool = False) -> dict[str, float]:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)
     return result
 
 

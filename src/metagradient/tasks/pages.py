@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
+
 from metagradient.report.figures import Figure, lines
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
@@ -14,6 +16,11 @@ def closing(directory: RunDirectory, cost: str) -> list[Section]:
         Section("Settings", table=Table(("setting", "value"), list(_flat(directory.config).items()))),
         Section("Cost and versions", cost, Table(("what", "version"), list(directory.versions.items()))),
     ]
+
+
+def say_report(directory: RunDirectory) -> None:
+    """Print where a run's report is. Brackets in a path are no markup, and it is printed on one line."""
+    Console().print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
 
 
 def plain(directory: RunDirectory) -> Page:

@@ -28,6 +28,7 @@ from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
+from metagradient.tasks.pages import say_report
 from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, drops, page
 from metagradient.training import Training, TrainState
 
@@ -355,7 +356,7 @@ def _print(result: dict[str, float], directory: RunDirectory) -> None:
     for row in found.rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)
 
 
 def _train(classifier: Classifier, images: Images, seed: int) -> TrainState:

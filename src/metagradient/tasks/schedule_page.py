@@ -9,7 +9,7 @@ from rich.table import Table as Printed
 from metagradient.report.figures import Figure, against_compute, lines, schedules
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
-from metagradient.tasks.pages import closing
+from metagradient.tasks.pages import closing, say_report
 
 ARMS = {
     "start": "the descent's start",
@@ -156,7 +156,7 @@ def printed(console: Console, directory: RunDirectory) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(verdict(directory), highlight=False)
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)
 
 
 def _result(directory: RunDirectory) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from metagradient.smoothness.directions import random_directions
 from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, jointly, one_at_a_time, read_sweep, sweep
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe, one_cycle
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.pages import say_report
 from metagradient.tasks.smoothness_page import Cut, compared, figures_of, printed, told
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -252,7 +253,7 @@ def run(config: SmoothnessProbe, *, resume: bool = False) -> dict[str, Any]:
     result = {**figures_of(found), "seconds": perf_counter() - start}
     directory.result(result)
     write(page(directory), directory / "report.html")
-    console.print(f"report: {directory / 'report.html'}", markup=False, soft_wrap=True)
+    say_report(directory)
     return result
 
 
