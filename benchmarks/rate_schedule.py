@@ -19,7 +19,7 @@ from metagradient.cli import parse
 from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.schedule import RateSchedule, run
-from metagradient.tasks.schedule_page import ARMS, GRIDS, HEADER, figures, picked_step, picks, rows, verdict
+from metagradient.tasks.schedule_page import ARMS, GRIDS, arms_table, figures, picked_step, picks, verdict
 
 
 def by_compute(directory: RunDirectory) -> str:
@@ -52,7 +52,7 @@ from a flat start, and holds them against the best of a grid of one-cycles. Data
 {recipe["batch"]} on {config["examples"]:,} images. {config["knots"]} knots in the logarithm of the rate;
 {result["meta_steps"]} meta-steps, each from fresh seeds ({config["inner_seeds"]}), for {config["target"]:,} images.
 
-{Table(HEADER, rows(directory)).markdown()}
+{arms_table(directory).markdown()}
 
 Means ± standard errors over {result["seeds"]} seeds that no search used, on {config["test"]:,} test images that none
 saw. {verdict(directory)}

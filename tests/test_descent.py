@@ -1,6 +1,6 @@
 """Metagradient descent: the loop, its seeds, its best and its patience."""
 
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from typing import Any
 
 import jax
@@ -102,17 +102,35 @@ def test_several_seeds_are_scaled_and_averaged():
     np.testing.assert_allclose(z["rate"].value - record.next_z["rate"].value, np.mean(units, axis=0), rtol=1e-5)
     assert record.value == pytest.approx(np.mean(values))
     assert record.held_out == pytest.approx(np.mean([s.held_out or 0.0 for s in record.seeds]))
+    assert record.agreement == pytest.approx(np.mean([np.mean(a * b) for a, b in combinations(units, 2)]), rel=1e-5)
     assert record.training_runs >= 3 * 4
     assert record.stats.adjoint_steps == 3 * 4
 
 
 def test_a_seed_without_a_metagradient_does_not_count():
     grads: list[Any] = [{"a": jnp.asarray([3.0, -4.0]), "b": jnp.zeros(2)}, {"a": jnp.zeros(2), "b": jnp.zeros(2)}]
-    mean = average(grads)
+    mean, agreement = average(grads)
+    assert agreement is None
     np.testing.assert_allclose(mean["a"], np.array([3, -4]) / np.sqrt(12.5), rtol=1e-6)
     np.testing.assert_array_equal(mean["b"], 0)
     # One of unit size, one a million times larger: they weigh the same.
-    np.testing.assert_allclose(average([jnp.asarray([1.0, 1.0]), jnp.asarray([-1e6, 1e6])]), [0, 1], atol=1e-6)
+    mean, agreement = average([jnp.asarray([1.0, 1.0]), jnp.asarray([-1e6, 1e6])])
+    np.testing.assert_allclose(mean, [0, 1], atol=1e-6)
+    assert agreement == pytest.approx(0, abs=1e-6)
+
+
+def test_seeds_agree_leaf_by_leaf_as_far_as_leaves_are_there():
+    first = {"a": jnp.asarray([2.0, 0.0]), "b": jnp.asarray([1.0, 1.0]), "c": jnp.asarray([1.0, 0.0])}
+    second = {"a": jnp.asarray([1.0, 1.0]), "b": jnp.asarray([-3.0, -3.0]), "c": jnp.zeros(2)}
+    third = {"a": jnp.zeros(2), "b": jnp.asarray([5.0, -5.0]), "c": jnp.zeros(2)}
+    _, agreement = average([first, second, third])
+    # a: one pair, at 45 degrees; b: -1, 0 and 0; c: no pair.
+    assert agreement == pytest.approx((np.sqrt(0.5) - 1 / 3) / 2, rel=1e-6)
+
+
+def test_one_seed_agrees_with_nothing():
+    (record,) = mg.descend(training, objective, RATE, mg.updates.sign(0.1), 1)
+    assert record.agreement is None
 
 
 def test_best_is_what_the_best_value_was_measured_at():

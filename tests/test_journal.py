@@ -227,7 +227,7 @@ def test_event_files_hold_the_curves_across_a_resume(tmp_path: Path):
     expected = {
         (name, r.step): pytest.approx(getattr(r, name))
         for r in first + rest
-        for name in ("value", "held_out", "grad_norm")
+        for name in ("value", "held_out", "grad_norm", "agreement")
     }
     assert events(tmp_path / "tensorboard") == expected
     assert all(a.step < b.step for a, b in pairwise(first + rest))
@@ -241,4 +241,4 @@ def test_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_lines_are_json(uninterrupted: Path):
     for line in (uninterrupted / RECORDS).read_text().splitlines():
-        assert set(json.loads(line)) == {"step", "value", "held_out", "grad_norm", "seeds"}
+        assert set(json.loads(line)) == {"step", "value", "held_out", "grad_norm", "agreement", "seeds"}

@@ -46,12 +46,14 @@ class Measured:
 
     Arguments:
         grad: the metagradient; of several seeds, the mean of those at unit root mean square.
+        agreement: mean cosine between two seeds' metagradients; None where there is one.
         seeds: a record for each training.
         stats: what they took, together.
         training_runs: the same in plain training runs.
     """
 
     grad: PyTree
+    agreement: float | None
     seeds: tuple[SeedRecord, ...]
     stats: Stats
     training_runs: float
@@ -101,8 +103,8 @@ class Gradients:
                 runs.append(took)
                 yield found.grad
 
-        grad = average(grads()) if self.seeds > 1 else next(grads())
-        return Measured(grad, tuple(seeds), _together(stats), sum(runs))
+        grad, agreement = average(grads()) if self.seeds > 1 else (next(grads()), None)
+        return Measured(grad, agreement, tuple(seeds), _together(stats), sum(runs))
 
     def _evaluated(self, run: Differentiable, z: PyTree, segment: Segment | int | None) -> tuple[Evaluation, float]:
         """A metagradient, and what it took in plain training runs."""
@@ -137,14 +139,23 @@ class Gradients:
             self.options = {**self.options, "memory": None, "schedule": stats.schedule}
 
 
-def average(grads: Iterable[PyTree]) -> PyTree:
-    """Mean of metagradients, every leaf of each at unit root mean square; leaves of zeros don't count."""
+def average(grads: Iterable[PyTree]) -> tuple[PyTree, float | None]:
+    r"""Mean of metagradients, every leaf of each at unit root mean square; leaves of zeros don't count.
+
+    Returns: the mean; and the mean cosine between two of them, averaged over the leaves that are not zero in at least
+    two, or None without such a leaf. A leaf's $n$ unit vectors $u_i$ have it of their sum alone:
+
+    $$\frac{1}{n(n-1)}\sum_{i \ne j} u_i \cdot u_j = \frac{\|\sum_i u_i\|^2 - n}{n(n-1)}$$
+    """
     total, count = None, None
     for grad in grads:
         unit = jax.tree.map(unit_rms, grad)
         seen = jax.tree.map(lambda g: jnp.any(g != 0).astype(g.dtype), grad)
         total, count = (unit, seen) if total is None else (add(total, unit), add(count, seen))
-    return jax.tree.map(lambda t, n: t / jnp.maximum(n, 1), total, count)
+    leaves = zip(jax.tree.leaves(total), jax.tree.leaves(count), strict=True)
+    cosines = [(float(jnp.mean(t**2)) - n) / (n * (n - 1)) for t, n in ((t, int(n)) for t, n in leaves) if n > 1]
+    mean = jax.tree.map(lambda t, n: t / jnp.maximum(n, 1), total, count)
+    return mean, float(np.mean(cosines)) if cosines else None
 
 
 def _together(stats: Sequence[Stats]) -> Stats:

@@ -34,6 +34,8 @@ class MetaStep:
         value: the objective, averaged over seeds.
         held_out: another objective at the same final states, or None.
         grad_norm: Euclidean norm of the metagradient, averaged over seeds.
+        agreement: mean cosine between two seeds' metagradients, averaged over z's leaves; None with one seed. Near 0,
+            smaller moves and more momentum let further meta-steps add up.
         seeds: the same of each of its trainings.
         z: the metaparameters that the step started from.
         next_z: those that its update led to.
@@ -45,6 +47,7 @@ class MetaStep:
     value: float
     held_out: float | None
     grad_norm: float
+    agreement: float | None
     seeds: tuple[SeedRecord, ...]
     z: PyTree
     next_z: PyTree
@@ -53,7 +56,7 @@ class MetaStep:
 
     def found(self) -> dict[str, Any]:
         """Its line in `records.jsonl`: the same whenever the same descent is run."""
-        figures = {name: getattr(self, name) for name in ("step", "value", "held_out", "grad_norm")}
+        figures = {name: getattr(self, name) for name in ("step", "value", "held_out", "grad_norm", "agreement")}
         return {**figures, "seeds": [asdict(seed) for seed in self.seeds]}
 
     def took(self) -> dict[str, Any]:
@@ -125,7 +128,7 @@ class Descent(Iterator[MetaStep]):
         record = _record(at, found, z)
         after = Position(at.step + 1, z, memory, _better(at.best, record), found.stats.segment)
         if self._board:
-            shown = {"value": record.value, "held_out": record.held_out, "grad_norm": record.grad_norm}
+            shown = {name: getattr(record, name) for name in ("value", "held_out", "grad_norm", "agreement")}
             self._board.add(record.step, shown)
         if self._journal:
             self._journal.commit(after, record.found(), record.took())
@@ -278,9 +281,8 @@ def _record(at: Position, found: Measured, next_z: PyTree) -> MetaStep:
     value, grad_norm = found.mean("value"), found.mean("grad_norm")
     assert value is not None
     assert grad_norm is not None
-    return MetaStep(
-        at.step, value, found.mean("held_out"), grad_norm, found.seeds, at.z, next_z, found.stats, found.training_runs
-    )
+    held_out, took = found.mean("held_out"), found.training_runs
+    return MetaStep(at.step, value, held_out, grad_norm, found.agreement, found.seeds, at.z, next_z, found.stats, took)
 
 
 def _better(best: Best | None, record: MetaStep) -> Best:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import table as rich_table
 
 from metagradient.report.figures import Figure
 
@@ -31,6 +32,13 @@ class Table:
         """Header and rows in Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+    def printed(self) -> rich_table.Table:
+        """The same for a terminal, under its caption."""
+        found = rich_table.Table(*self.header, title=self.caption)
+        for row in self.rows:
+            found.add_row(*map(str, row))
+        return found
 
 
 @dataclass(frozen=True)

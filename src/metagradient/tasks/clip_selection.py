@@ -6,7 +6,6 @@ from time import perf_counter
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as Printed
 
 from metagradient.data.image_text import write_uids
 from metagradient.descent.seeds import fresh_seed
@@ -162,9 +161,5 @@ def _say_faults(task: Prepared) -> None:
 
 
 def _print(directory: RunDirectory) -> None:
-    found, console = arms_table(directory), Console()
-    table = Printed(*found.header, title=found.caption)
-    for row in found.rows:
-        table.add_row(*row)
-    console.print(table)
+    Console().print(arms_table(directory).printed())
     say_report(directory)

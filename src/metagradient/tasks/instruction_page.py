@@ -86,7 +86,7 @@ def results(result: Mapping[str, float]) -> Table:
         if f"loss_{arm}" in result
     ]
     header = ("trained on", "test loss", "tokens right", "exact answers", "right choices", "loss above MGD's")
-    return Table(header, rows, emphasis=len(rows) - 1)
+    return Table(header, rows, "On the target's test questions: mean ± standard error.", emphasis=len(rows) - 1)
 
 
 def by_task(trained: Sequence[Mapping[str, Any]]) -> Table:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table as Printed
 
 from metagradient.data.instructions import write as write_instructions
 from metagradient.descent import updates
@@ -30,7 +29,7 @@ from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.finetuning import FineTuning, Tuner
 from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared, Sources, chunked, load_model, template_named
-from metagradient.tasks.instruction_page import NAMES, SELECTED, TRAINED, arm_rows, figures, page
+from metagradient.tasks.instruction_page import SELECTED, TRAINED, arm_rows, figures, page, results
 from metagradient.tasks.pretraining import Pretraining, pretrain, read_texts
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -363,12 +362,7 @@ def _write_selection(
 def _print(directory: RunDirectory) -> None:
     console, result = Console(), directory.figures
     assert result is not None
-    table = Printed("trained on", "test loss", "exact answers", title="On the target's test questions")
-    for arm, name in NAMES.items():
-        if f"loss_{arm}" in result:
-            cells = (f"{result[f'{x}_{arm}']:.4f} ± {result[f'error_{x}_{arm}']:.4f}" for x in ("loss", "accuracy"))
-            table.add_row(name, *cells)
-    console.print(table)
+    console.print(results(result).printed())
     console.print(
         f"selected: {directory / SELECTED}   report: {directory / 'report.html'}", markup=False, soft_wrap=True
     )

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table as Printed
 from sklearn.metrics import roc_auc_score
 
 from metagradient.data.batches import EpochBatches
@@ -258,20 +257,18 @@ _NAMES = {
 }
 
 
-def _rows(directory: RunDirectory) -> list[tuple[str, str]]:
+def _arms(directory: RunDirectory) -> Table:
     stored = json.loads((directory / "accuracies.json").read_text())
     accuracies = {name: np.array(values) for name, values in stored.items()}
     # The error of a mean over seeds.
     spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
-    return [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
+    rows = [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
+    return Table(("trained on", "held-out accuracy"), rows, "Mean ± standard error over fresh seeds.", emphasis=3)
 
 
 def _print(directory: RunDirectory) -> None:
     console, result = Console(), _figures(directory)
-    table = Printed("trained on", "held-out accuracy", title="What was learnt (mean ± standard error over fresh seeds)")
-    for row in _rows(directory):
-        table.add_row(*row)
-    console.print(table)
+    console.print(_arms(directory).printed())
     console.print(
         f"AUROC of wrong labels by weight: {result['auroc_flipped']:.3f}   "
         f"compute: {result['training_runs']:.0f} training runs' worth, {result['seconds']:.0f} s in all"
@@ -301,7 +298,7 @@ def page(directory: RunDirectory) -> Page:
             Section(
                 "What was learnt",
                 "Each row trains the same model in the same way; means over seeds that the descent never saw.",
-                Table(("trained on", "held-out accuracy (± standard error)"), _rows(directory), emphasis=3),
+                _arms(directory),
             ),
             Section(
                 "Which examples it trusts",

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table as Printed
 from sklearn.metrics import roc_auc_score
 
 from metagradient.data.images import Images, load_cifar10
@@ -187,11 +186,7 @@ def run(config: NoisyLabels, *, resume: bool = False) -> dict[str, float]:
     write_text(directory / ACCURACIES, json.dumps(accuracies) + "\n")
     directory.result(result)
     write(page(directory), directory / "report.html")
-    found, console = arms_table(directory), Console()
-    table = Printed(*found.header, title=found.caption)
-    for row in found.rows:
-        table.add_row(*row)
-    console.print(table)
+    Console().print(arms_table(directory).printed())
     say_report(directory)
     return result
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table as Printed
 
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
@@ -351,11 +350,7 @@ def figures(trained: list[Trained]) -> dict[str, float]:
 
 
 def _print(result: dict[str, float], directory: RunDirectory) -> None:
-    console, found = Console(), drops(result)
-    table = Printed(*found.header, title="Points of test accuracy lost ± standard error (accuracy left)")
-    for row in found.rows:
-        table.add_row(*row)
-    console.print(table)
+    Console().print(drops(result).printed())
     say_report(directory)
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table as Printed
 
 from metagradient.report.figures import Figure, against_compute, lines, schedules
 from metagradient.report.page import Page, Section, Table
@@ -20,13 +19,12 @@ ARMS = {
 }
 GRIDS = ("grid", "grid_accuracy")
 _SHORT = {"mgd": "descent", "grid": "grid by loss", "grid_accuracy": "grid by accuracy", "flat": "best constant"}
-HEADER = "learning rates", "test accuracy", "test loss", "compute to find them"
 
 
-def rows(directory: RunDirectory) -> list[tuple[str, str, str, str]]:
+def arms_table(directory: RunDirectory) -> Table:
     """A row an arm: name, accuracy and loss with standard errors, training runs that finding it took."""
     result = _result(directory)
-    return [
+    rows = [
         (
             words,
             f"{result[f'accuracy_{name}']:.2%} ± {result[f'accuracy_{name}_error']:.2%}",
@@ -35,6 +33,8 @@ def rows(directory: RunDirectory) -> list[tuple[str, str, str, str]]:
         )
         for name, words in ARMS.items()
     ]
+    header = ("learning rates", "test accuracy", "test loss", "compute to find them")
+    return Table(header, rows, "Mean ± standard error over fresh seeds.", emphasis=len(rows) - 1)
 
 
 def verdict(directory: RunDirectory) -> str:
@@ -119,7 +119,7 @@ def page(directory: RunDirectory) -> Page:
                 f"Each row trains the same model with other learning rates; means ± standard errors over "
                 f"{result['seeds']} fresh seeds that no search saw, on test images that none saw. A metagradient "
                 "counts as about four training runs, a training of the grid as one; measuring models isn't counted.",
-                Table(HEADER, rows(directory), emphasis=len(ARMS) - 1),
+                arms_table(directory),
                 (curves,),
             ),
             Section(
@@ -151,10 +151,7 @@ def page(directory: RunDirectory) -> Page:
 
 def printed(console: Console, directory: RunDirectory) -> None:
     """Print the table of arms, and the verdict."""
-    table = Printed(*HEADER, title="Mean ± standard error over fresh seeds")
-    for row in rows(directory):
-        table.add_row(*row)
-    console.print(table)
+    console.print(arms_table(directory).printed())
     console.print(verdict(directory), highlight=False)
     say_report(directory)
 
