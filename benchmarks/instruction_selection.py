@@ -15,9 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from metagradient.descent.journal import read_lines
 from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.instruction_data import Sources
 from metagradient.tasks.instruction_page import NAMES, TRAINED, by_task, composition, results
 
 TEMPLATE = Path(__file__).with_name("instruction_selection.md.in")
@@ -42,6 +45,15 @@ def targets(result: Mapping[str, float]) -> str:
     for what in ("tokens right", "exact answers"):
         header += [f"MGD's {what} more, points", "better?"]
     return Table(header, rows).markdown()
+
+
+def known(run: RunDirectory) -> float:
+    """The share of the test questions whose answer is the whole answer of some candidate too."""
+    c = run.config
+    limits = {name: c.get(name) for name in ("candidates", "tests")}
+    sources = Sources.read(Path(c["data"]), c["target"], aim=c["aim"], seed=c["seed"], **limits)
+    answers = {one.answer for one in sources.pool}
+    return float(np.mean([one.answer in answers for one in sources.test]))
 
 
 def cost(run: RunDirectory) -> str:
@@ -100,6 +112,7 @@ def main() -> None:
         selected=f"{small.figures['selected']:.0f}",
         cut_pool=f"{small.figures['cut_pool']:.0%}",
         cut_test=f"{small.figures['cut_test']:.0%}",
+        known=f"{known(small):.0%}",
         length=small.config["tuning"]["length"],
         large=pretrained(given.pretrained, ("candidates", "tests", "aim", *settings)),
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, "

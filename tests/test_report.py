@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from metagradient.data.images import load_digits
 from metagradient.report.figures import Figure, least_trusted, lines, weights_by_group
@@ -89,6 +90,14 @@ def page() -> Page:
     table = Table(["trained on", "accuracy"], [["all", 0.9], ["weights", 0.95]], "Held-out.", emphasis=1)
     sections = [Section("Results", "One.\n\nTwo.", table, list(figures().values())), Section("Bare")]
     return Page("Which labels <are> wrong?", "Summary & more.", sections, [("0.97", "AUROC")])
+
+
+def test_a_table_for_a_terminal_keeps_brackets():
+    console = Console(width=60, color_system=None)
+    with console.capture() as capture:
+        console.print(Table(("filter [of]", "left"), [("[bold] captions", 0.5)], "what is [left]").printed())
+    for text in ("what is [left]", "filter [of]", "[bold] captions", "0.5"):
+        assert text in capture.get()
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing():

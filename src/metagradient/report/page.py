@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 from rich import table as rich_table
+from rich.markup import escape
 
 from metagradient.report.figures import Figure
 
@@ -34,10 +35,10 @@ class Table:
         return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
     def printed(self) -> rich_table.Table:
-        """The same for a terminal, under its caption."""
-        found = rich_table.Table(*self.header, title=self.caption)
+        """The same for a terminal, under its caption. Brackets in it are no markup."""
+        found = rich_table.Table(*map(escape, self.header), title=escape(self.caption))
         for row in self.rows:
-            found.add_row(*map(str, row))
+            found.add_row(*(escape(str(cell)) for cell in row))
         return found
 
 
