@@ -2,8 +2,8 @@
 
     python benchmarks/instruction_selection.py --small RUN --agreement FILE [--pretrained RUN] --out docs
 
-The runs: `metagradient select --task instruction --data DIR --text DIR`, and the same with `--model` and
-`--preset smollm2-135m`. Logits of that model beside `transformers`' come from `--agreement FILE`, a JSON dictionary.
+The runs: `metagradient select --task instruction --data DIR --preset small --text FILE`, and `... --preset smollm2-135m
+--model FILE.gguf` without the text. `--agreement` is what peers_torch/logits.py wrote of that file.
 """
 
 import argparse
@@ -100,6 +100,7 @@ def main() -> None:
     )
     text = Template(TEMPLATE.read_text()).substitute(
         agreement=f"{agreement['largest difference']:.1e}",
+        largest=f"{agreement['largest logit']:.0f}",
         agreement_tokens=agreement["tokens"],
         targets=targets(small.figures),
         results=results(small.figures).markdown(),
