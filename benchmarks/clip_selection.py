@@ -31,6 +31,7 @@ from metagradient.tasks.clip_selection import NAME, ClipSelection, Prepared, pre
 from metagradient.tasks.clip_training import fitted_scale, recalls, soft_rank
 from metagradient.tasks.clip_trials import TRAININGS
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import with_error
 
 TEMPLATE = Path(__file__).with_name("clip_selection.md.in")
 STEPS = (60, 120, 200)
@@ -91,7 +92,7 @@ def orders_table(found: Sequence[dict[str, float]]) -> Table:
                 np.sum(sign * (values[a] - values[b]) > 0) for a, b in (("oracle", "all"), ("all", "random"))
             ]  # fmt: skip
             seeds = len(values["all"])
-            cells = (f"{v.mean():.3f} ± {v.std(ddof=1) / seeds**0.5:.3f}" for v in values.values())
+            cells = (with_error(v, ".3f") for v in values.values())
             rows.append((count, text, *cells, *(f"{n} of {seeds}" for n in right)))
     header = ("steps", "objective", *SUBSETS, "oracle better than all", "all better than random")
     return Table(header, rows)

@@ -19,14 +19,14 @@ import numpy as np
 
 from metagradient.report.page import Table
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import with_error
 from metagradient.tasks.noisy_labels import NAME, NoisyLabels, run
 from metagradient.tasks.noisy_labels_page import ACCURACIES, ARMS, RANKINGS
 
 
 def interval(values: Any) -> str:
-    """Mean and standard error of points of accuracy."""
-    values = 100 * np.asarray(values)
-    return f"{values.mean():.2f} ± {values.std(ddof=1) / len(values) ** 0.5:.2f}"
+    """Mean and standard error of accuracies, in points."""
+    return with_error(100 * np.asarray(values), ".2f")
 
 
 def section(labels: str, directories: list[RunDirectory]) -> list[str]:
@@ -69,7 +69,7 @@ def section(labels: str, directories: list[RunDirectory]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--labels", nargs="+", default=["worse"])
+    parser.add_argument("--labels", nargs="+", default=["worse", "random1"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/noisy-labels"))
     parser.add_argument("--out", type=Path)

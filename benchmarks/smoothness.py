@@ -22,6 +22,7 @@ from metagradient.descent.loop import fresh_seed
 from metagradient.report.page import Table
 from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, sweep
 from metagradient.tasks.classifier import ROUGH, Recipe
+from metagradient.tasks.means import with_error
 from metagradient.tasks.smoothness import Bench, SmoothnessProbe, cuts_of, load, probe
 from metagradient.tasks.smoothness_page import (
     HEADER,
@@ -115,8 +116,7 @@ def close_rows(found: Sweep) -> list[list[str]]:
     rows = []
     for which, outcome in zip(("smooth", "standard"), found, strict=True):
         assert outcome.smoothness is not None
-        a = np.array(outcome.accuracies)
-        accuracy = f"{a.mean():.1%} ± {a.std(ddof=1) / len(a) ** 0.5:.1%}"
+        accuracy = with_error(outcome.accuracies, ".1%")
         for row in outcome.smoothness["rows"]:
             low, high = row["interval"]
             score = f"{row['score']:.3f} ({low:.3f} to {high:.3f})"
@@ -131,7 +131,7 @@ def accuracy_difference(found: Sweep) -> str:
     """Smooth less standard, paired by seed."""
     smooth, standard = (np.array(o.accuracies) for o in found)
     d = 100 * (smooth - standard)
-    return f"{d.mean():+.1f} ± {d.std(ddof=1) / len(d) ** 0.5:.1f} points over {len(d)} seeds"
+    return f"{with_error(d, '+.1f')} points over {len(d)} seeds"
 
 
 def everything(found: dict[str, Sweep]) -> Sweep:
@@ -167,7 +167,7 @@ def reached(found: Sweep) -> str:
     rough = max(row["score"] for row in rows["standard"] if row)
     best, standard = (o.accuracies for o in (found.outcomes[0], *(o for o in found if o.knobs == ROUGH)))
     d = 100 * (np.array(best) - np.array(standard))
-    difference = f"{d.mean():+.1f} ± {d.std(ddof=1) / len(d) ** 0.5:.1f}"
+    difference = with_error(d, "+.1f")
     return (
         f"Wanted were 0.95 along examples and 0.85 along classes: {'; '.join(smooth) or 'none'} reach both. "
         f"The standard recipe was to stay below 0.15, and reads {rough:.2f} at most. The first recipe less the "

@@ -11,6 +11,7 @@ from rich.console import Console
 from metagradient.data.images import load_digits
 from metagradient.report.figures import Figure, least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, render, write
+from metagradient.tasks.means import standard_error, with_error
 
 DIGITS = load_digits().take(slice(0, 40))
 GIVEN = np.where(np.arange(40) % 2 == 0, (DIGITS.labels + 1) % 10, DIGITS.labels)
@@ -98,6 +99,13 @@ def test_a_table_for_a_terminal_keeps_brackets():
         console.print(Table(("filter [of]", "left"), [("[bold] captions", 0.5)], "what is [left]").printed())
     for text in ("what is [left]", "filter [of]", "[bold] captions", "0.5"):
         assert text in capture.get()
+
+
+def test_a_mean_of_one_seed_has_no_error():
+    assert standard_error([1, 2, 6]) == pytest.approx(np.sqrt(7 / 3))
+    assert np.isnan(standard_error([0.5]))
+    assert with_error([0.1, 0.3], "+.1%") == "+20.0% ± 10.0%"
+    assert with_error([0.5], ".2f") == "0.50"
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing():

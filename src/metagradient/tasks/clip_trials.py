@@ -17,6 +17,7 @@ from metagradient.metaparameters import PerExample
 from metagradient.run import train
 from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import standard_error
 from metagradient.training import TrainState
 
 BASELINES = ("random", "rules", "duplicates", "score", "ensemble")
@@ -175,11 +176,11 @@ def figures(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
     found: dict[str, float] = {}
     for arm, of_arm in measured.items():
         recall, base = (np.array([m["recall"] for m in rows]) for rows in (of_arm, measured["all"]))
-        found |= {f"recall_{arm}": float(recall.mean()), f"error_{arm}": _error(recall)}
-        found |= {f"gain_{arm}": float((recall - base).mean()), f"gain_error_{arm}": _error(recall - base)}
+        found |= {f"recall_{arm}": float(recall.mean()), f"error_{arm}": standard_error(recall)}
+        found |= {f"gain_{arm}": float((recall - base).mean()), f"gain_error_{arm}": standard_error(recall - base)}
         if "group" in of_arm[0]:
             group = np.array([m["group"] for m in of_arm])
-            found |= {f"group_{arm}": float(group.mean()), f"group_error_{arm}": _error(group)}
+            found |= {f"group_{arm}": float(group.mean()), f"group_error_{arm}": standard_error(group)}
         for name in of_arm[0]:
             if "_at_" in name:
                 found[f"{name}_{arm}"] = float(np.mean([m[name] for m in of_arm]))
@@ -188,8 +189,3 @@ def figures(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
     # A baseline that gains nothing makes no ratio.
     found["gain_ratio"] = found["gain_subset"] / max(baselines) if max(baselines) > 0 else float("inf")
     return found
-
-
-def _error(values: np.ndarray) -> float:
-    """The standard error of a mean over seeds; 0 for one seed, which has none."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -12,6 +12,7 @@ from metagradient.descent.journal import read_lines
 from metagradient.report.figures import lines
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import standard_error
 from metagradient.tasks.pages import closing
 
 TRAINED, SELECTED = "trained.jsonl", "selected.jsonl"
@@ -48,16 +49,12 @@ def figures(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             values = [line[measure] for line in of_seed.values() if measure in line]
             if values:
                 found[f"{measure}_{arm}"] = float(np.mean(values))
-                found[f"error_{measure}_{arm}"] = 0.0 if arm == "before" else _error(values)
+                found[f"error_{measure}_{arm}"] = 0.0 if arm == "before" else standard_error(values)
         seeds = sorted(set(of_seed) & set(by_arm.get("mgd", {})))
         if seeds and arm != "mgd":
             apart = [of_seed[seed]["loss"] - by_arm["mgd"][seed]["loss"] for seed in seeds]
-            found[f"behind_{arm}"], found[f"error_behind_{arm}"] = float(np.mean(apart)), _error(apart)
+            found[f"behind_{arm}"], found[f"error_behind_{arm}"] = float(np.mean(apart)), standard_error(apart)
     return found
-
-
-def _error(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def arm_rows(pool: Sequence[Instruction], rows: np.ndarray) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
+from metagradient.tasks.means import with_error
 from metagradient.tasks.pages import closing, say_report
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
@@ -258,11 +259,8 @@ _NAMES = {
 
 
 def _arms(directory: RunDirectory) -> Table:
-    stored = json.loads((directory / "accuracies.json").read_text())
-    accuracies = {name: np.array(values) for name, values in stored.items()}
-    # The error of a mean over seeds.
-    spread = {name: a.std(ddof=1) / len(a) ** 0.5 if len(a) > 1 else float("nan") for name, a in accuracies.items()}
-    rows = [(_NAMES[name], f"{a.mean():.1%} ± {spread[name]:.1%}") for name, a in accuracies.items()]
+    accuracies = json.loads((directory / "accuracies.json").read_text())
+    rows = [(_NAMES[name], with_error(values, ".1%")) for name, values in accuracies.items()]
     return Table(("trained on", "held-out accuracy"), rows, "Mean ± standard error over fresh seeds.", emphasis=3)
 
 

@@ -26,6 +26,7 @@ from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
 from metagradient.tasks.label_filters import cleanlab, confident_learning, gradient_cosine, small_loss
+from metagradient.tasks.means import standard_error
 from metagradient.tasks.noisy_labels_page import ACCURACIES, WEIGHTS, arms_table, page
 from metagradient.tasks.pages import say_report
 from metagradient.training import Training, TrainState
@@ -278,9 +279,8 @@ def _baselines(task: Prepared) -> tuple[dict[str, Arm], dict[str, np.ndarray], d
 def figures(accuracies: Mapping[str, list[float]]) -> dict[str, float]:
     """Flat figures of accuracies by arm, a fresh seed each: see `run`."""
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
-    errors = {name: float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else 0.0 for name, v in accuracies.items()}
     return {
         **{f"accuracy_{name}": mean for name, mean in means.items()},
-        **{f"error_{name}": error for name, error in errors.items()},
+        **{f"error_{name}": standard_error(values) for name, values in accuracies.items()},
         "way": (means["mgd"] - means["all"]) / (means["clean"] - means["all"]),
     }

@@ -7,6 +7,7 @@ import numpy as np
 from metagradient.report.figures import least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import with_error
 from metagradient.tasks.pages import closing
 
 ACCURACIES, WEIGHTS = "accuracies.json", "weights.npz"
@@ -36,13 +37,8 @@ def arms_table(directory: RunDirectory) -> Table:
     accuracies = json.loads((directory / ACCURACIES).read_text())
     result = directory.figures or {}
 
-    def cell(name: str) -> str:
-        values = np.array(accuracies[name])
-        error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.2%}" if len(values) > 1 else ""
-        return f"{values.mean():.2%}{error}"
-
     kept = {name: f"{result[f'kept_{name}']:.0%}" if f"kept_{name}" in result else "" for name in ARMS}
-    rows = [(text, cell(name), kept[name]) for name, text in ARMS.items()]
+    rows = [(text, with_error(accuracies[name], ".2%"), kept[name]) for name, text in ARMS.items()]
     return Table(
         ("trained on", "test accuracy", "kept"),
         rows,

@@ -27,6 +27,7 @@ from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient
+from metagradient.tasks.means import standard_error
 from metagradient.tasks.pages import say_report
 from metagradient.tasks.poisoning_report import ARMS, PLACES, POISONS, drops, page
 from metagradient.training import Training, TrainState
@@ -345,7 +346,7 @@ def figures(trained: list[Trained]) -> dict[str, float]:
             pairs = [100.0 * (a.right.astype(float) - b.right) for a, b in zip(there["clean"], of_arm, strict=True)]
             drops = np.array([p.mean() for p in pairs]) if len(pairs) > 1 else pairs[0]
             found[f"drop_{arm}_{place}"] = float(drops.mean())
-            found[f"error_{arm}_{place}"] = float(drops.std(ddof=1) / len(drops) ** 0.5)
+            found[f"error_{arm}_{place}"] = standard_error(drops)
     return found
 
 

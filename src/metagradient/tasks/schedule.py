@@ -23,6 +23,7 @@ from metagradient.progress import Progress
 from metagradient.report.page import write
 from metagradient.tasks.classifier import Classifier, Recipe, interpolated, one_cycle
 from metagradient.tasks.directory import RunDirectory, free_directory
+from metagradient.tasks.means import standard_error
 from metagradient.tasks.schedule_page import ARMS, GRIDS, page, printed
 from metagradient.tasks.trials import Criterion, Search, Trials, badness
 from metagradient.trees import PyTree
@@ -376,11 +377,6 @@ def _measured(
     return {name: scores[:, place[rates.tobytes()]] for name, rates in wanted.items()}
 
 
-def _error(values: np.ndarray) -> float:
-    """Standard error of a mean."""
-    return float(values.std(ddof=1) / len(values) ** 0.5)
-
-
 def _figures(fresh: dict[str, np.ndarray]) -> dict[str, float]:
     found = {}
     for place, what in enumerate(("loss", "accuracy")):
@@ -388,11 +384,11 @@ def _figures(fresh: dict[str, np.ndarray]) -> dict[str, float]:
         for name in GRIDS:
             series[f"{what}_over_{name}"] = fresh["mgd"][:, place] - fresh[name][:, place]
         for name, values in series.items():
-            found |= {name: float(values.mean()), f"{name}_error": _error(values)}
+            found |= {name: float(values.mean()), f"{name}_error": standard_error(values)}
     return found
 
 
 def _curve(name: str, search: Search, fresh: dict[str, np.ndarray]) -> np.ndarray:
     """Training runs, mean accuracy and its error, float[points, 3]."""
     values = [(runs, fresh[f"{name} {number}"][:, 1]) for runs, number in search.by_compute()]
-    return np.array([(runs, v.mean(), _error(v)) for runs, v in values])
+    return np.array([(runs, v.mean(), standard_error(v)) for runs, v in values])

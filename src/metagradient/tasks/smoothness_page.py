@@ -12,6 +12,7 @@ from metagradient.report.page import Page, Section, Table
 from metagradient.smoothness.sweep import Knobs, Outcome, Sweep
 from metagradient.tasks.classifier import ROUGH
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import with_error
 from metagradient.tasks.pages import closing
 
 
@@ -79,7 +80,6 @@ def cells_of(outcome: Outcome) -> list[str]:
     """An outcome as a row under `HEADER`."""
     examples, groups = row_of(outcome, "examples"), row_of(outcome, "groups")
     a = np.array(outcome.accuracies)
-    error = f" ± {a.std(ddof=1) / len(a) ** 0.5:.1%}" if len(a) > 1 else ""
     rates = [float(rate) for rate in outcome.losses]
     edge = outcome.rate in (min(rates), max(rates)) and len(rates) > 1
     finite = outcome.smoothness["finite"] if outcome.smoothness else None
@@ -89,7 +89,7 @@ def cells_of(outcome: Outcome) -> list[str]:
         _score(examples),
         _score(groups),
         f"{max(r['null_high'] for r in (examples, groups) if r):.2f}" if examples or groups else "",
-        f"{a.mean():.1%}{error}" if len(a) else "",
+        with_error(a, ".1%") if len(a) else "",
         f"{outcome.gain:.3f}" if outcome.gain is not None else "",
         {True: "finite", False: "not finite", None: ""}[finite] or outcome.problem or "",
     ]
