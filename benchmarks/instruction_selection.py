@@ -1,6 +1,6 @@
 """Writes `docs/instruction_selection.md` from the directories of finished runs.
 
-    python benchmarks/instruction_selection.py --small RUN --agreement FILE [--pretrained RUN] --out docs
+    python benchmarks/instruction_selection.py --small RUN --agreement FILE [--pretrained RUN...] --out docs
 
 The runs: `metagradient select --task instruction --data DIR --preset small --text FILE`, and `... --preset smollm2-135m
 --model FILE.gguf` without the text. `--agreement` is what peers_torch/logits.py wrote of that file.
@@ -72,22 +72,27 @@ def described(run: RunDirectory, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {flat[name]}" for name in names if name in flat)
 
 
-def pretrained(path: Path | None, settings: Sequence[str]) -> str:
-    """What a run on a pre-trained model gave."""
-    if path is None:
+def pretrained(paths: Sequence[Path], settings: Sequence[str]) -> str:
+    """What runs on a pre-trained model gave."""
+    if not paths:
         return (
             "`metagradient select --task instruction --preset smollm2-135m --data DIR --model FILE.gguf` runs it; it "
             "was not made."
         )
-    run = RunDirectory.read(path)
-    assert run.figures is not None
-    return f"{results(run.figures).markdown()}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
+
+    def told(run: RunDirectory) -> str:
+        assert run.figures is not None
+        return f"{results(run.figures).markdown()}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
+
+    return "\n\n".join(told(RunDirectory.read(path)) for path in paths)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--small", type=Path, required=True)
-    parser.add_argument("--pretrained", type=Path, help="without it, the page says that this run is to be made")
+    parser.add_argument(
+        "--pretrained", type=Path, nargs="+", default=[], help="without it, the page says that this run is to be made"
+    )
     parser.add_argument("--agreement", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()

@@ -27,7 +27,13 @@ NAMES = {
 }
 """Arms as readers call them."""
 
-_MEASURES = ("loss", "tokens", "accuracy", "choice")
+_MEASURES = {
+    "loss": "test loss",
+    "tokens": "tokens right",
+    "accuracy": "exact answers",
+    "choice": "right choices",
+    "behind": "loss above MGD's",
+}
 _EXAMPLES = 6
 
 
@@ -45,7 +51,7 @@ def figures(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         by_arm.setdefault(line["arm"], {})[line["seed"]] = line
     found: dict[str, float] = {}
     for arm, of_seed in by_arm.items():
-        for measure in _MEASURES:
+        for measure in ("loss", "tokens", "accuracy", "choice"):
             values = [line[measure] for line in of_seed.values() if measure in line]
             if values:
                 found[f"{measure}_{arm}"] = float(np.mean(values))
@@ -69,7 +75,8 @@ def arm_rows(pool: Sequence[Instruction], rows: np.ndarray) -> dict[str, Any]:
 
 
 def results(result: Mapping[str, float]) -> Table:
-    """Means over seeds, an arm a row."""
+    """Means over seeds, an arm a row; of what was measured."""
+    measures = {name: text for name, text in _MEASURES.items() if any(f"{name}_{arm}" in result for arm in NAMES)}
 
     def cell(measure: str, arm: str, digits: int) -> str:
         if f"{measure}_{arm}" not in result:
@@ -78,12 +85,16 @@ def results(result: Mapping[str, float]) -> Table:
         return f"{mean:.{digits}f}" if arm == "before" else f"{mean:.{digits}f} ± {error:.{digits}f}"
 
     rows = [
-        (name, *(cell(measure, arm, 3) for measure in (*_MEASURES, "behind")))
+        (name, *(cell(measure, arm, 3) for measure in measures))
         for arm, name in NAMES.items()
         if f"loss_{arm}" in result
     ]
-    header = ("trained on", "test loss", "tokens right", "exact answers", "right choices", "loss above MGD's")
-    return Table(header, rows, "On the target's test questions: mean ± standard error.", emphasis=len(rows) - 1)
+    return Table(
+        ("trained on", *measures.values()),
+        rows,
+        "On the target's test questions: mean ± standard error.",
+        emphasis=len(rows) - 1,
+    )
 
 
 def by_task(trained: Sequence[Mapping[str, Any]]) -> Table:
