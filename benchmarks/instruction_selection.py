@@ -57,9 +57,13 @@ def known(run: RunDirectory) -> float:
 
 
 def cost(run: RunDirectory) -> str:
-    """Compute of a run, in words."""
-    result = run.figures or {}
-    return f"{result['training_runs']:.0f} tunings' worth in the descent, {result['seconds'] / 60:.0f} minutes in all"
+    """Which of its meta-steps a run took, and what it cost, in words."""
+    result, records = run.figures or {}, run.records
+    best = min(records, key=lambda r: r["held_out"])["step"]
+    return (
+        f"Held-out questions chose what stood after {best} of {len(records)} meta-steps. Cost: "
+        f"{result['training_runs']:.0f} tunings' worth in the descent, {result['seconds'] / 60:.0f} minutes in all."
+    )
 
 
 def described(run: RunDirectory, names: Sequence[str]) -> str:
@@ -82,7 +86,7 @@ def pretrained(paths: Sequence[Path], settings: Sequence[str]) -> str:
 
     def told(run: RunDirectory) -> str:
         assert run.figures is not None
-        return f"{results(run.figures).markdown()}\n\nSettings: {described(run, settings)}. Cost: {cost(run)}."
+        return f"{results(run.figures).markdown()}\n\nSettings: {described(run, settings)}. {cost(run)}"
 
     return "\n\n".join(told(RunDirectory.read(path)) for path in paths)
 
