@@ -58,10 +58,9 @@ def known(run: RunDirectory) -> float:
 
 def cost(run: RunDirectory) -> str:
     """Which of its meta-steps a run took, and what it cost, in words."""
-    result, records = run.figures or {}, run.records
-    best = min(records, key=lambda r: r["held_out"])["step"]
+    result = run.figures or {}
     return (
-        f"Held-out questions chose what stood after {best} of {len(records)} meta-steps. Cost: "
+        f"Held-out questions chose what stood after {result['meta_step']} of {len(run.records)} meta-steps. Cost: "
         f"{result['training_runs']:.0f} tunings' worth in the descent, {result['seconds'] / 60:.0f} minutes in all."
     )
 

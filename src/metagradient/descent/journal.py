@@ -176,6 +176,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """As `read_lines`, and a last line that a kill tore is cut off the file: what is appended starts a line."""
+    lines = read_lines(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
 def described(tree: PyTree) -> dict[str, str]:
     """What each leaf of a tree is, in words, by path: kind, dtype, shape, and the examples that it covers."""
 

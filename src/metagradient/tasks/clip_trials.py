@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.data.image_text import Pool
-from metagradient.descent.journal import read_lines
+from metagradient.descent.journal import whole_lines
 from metagradient.errors import DataError
-from metagradient.files import append_text, write_text
+from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
 from metagradient.run import train
 from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
@@ -119,9 +119,7 @@ class Trials:
     ):
         self._trainer, self._arrays, self._names = trainer, arrays, names
         self._path = directory / TRAININGS
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {(r["what"], r["seed"]): r for r in read_lines(self._path)}
-        # Without a last line that a kill tore.
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {(r["what"], r["seed"]): r for r in whole_lines(self._path)}
         self._scorers: dict[tuple[int, int], Scorer] = {}
 
     def measured(self, what: str, arm: Arm, seed: int, on: Pool) -> dict[str, float]:

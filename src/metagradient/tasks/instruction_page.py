@@ -78,16 +78,15 @@ def results(result: Mapping[str, float]) -> Table:
     """Means over seeds, an arm a row; of what was measured."""
     measures = {name: text for name, text in _MEASURES.items() if any(f"{name}_{arm}" in result for arm in NAMES)}
 
-    def cell(measure: str, arm: str, digits: int) -> str:
+    def cell(measure: str, arm: str) -> str:
         if f"{measure}_{arm}" not in result:
             return "–"
         mean, error = result[f"{measure}_{arm}"], result[f"error_{measure}_{arm}"]
-        return f"{mean:.{digits}f}" if arm == "before" else f"{mean:.{digits}f} ± {error:.{digits}f}"
+        # The start has no seeds; the mean of one seed has no error.
+        return f"{mean:.3f}" if arm == "before" or np.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
     rows = [
-        (name, *(cell(measure, arm, 3) for measure in measures))
-        for arm, name in NAMES.items()
-        if f"loss_{arm}" in result
+        (name, *(cell(measure, arm) for measure in measures)) for arm, name in NAMES.items() if f"loss_{arm}" in result
     ]
     return Table(
         ("trained on", *measures.values()),
@@ -167,8 +166,9 @@ def page(directory: RunDirectory) -> Page:
             ),
             Section(
                 "How it got there",
-                "The loss on development questions of a model tuned on each meta-step's choice. That with "
-                "the lowest held-out loss counts.",
+                "The loss on development questions of models tuned on each meta-step's choice, each from another seed. "
+                "The choice with the lowest held-out loss and that of the end were tried again, both from the same "
+                f"{config['choosing']} seeds; what stood after {result['meta_step']} meta-steps is taken.",
                 figures=(lines(losses, x="meta-step", y="loss", caption="Loss per meta-step, each on a fresh seed."),),
             ),
             Section(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.data.images import Images
-from metagradient.descent.journal import read_lines
-from metagradient.files import append_text, write_text
+from metagradient.descent.journal import whole_lines
+from metagradient.files import append_text
 from metagradient.metaparameters import PerStep
 from metagradient.progress import Progress
 from metagradient.run import fastest_company, train_many
@@ -85,10 +85,8 @@ class Trials:
         self._measured_on = {name: (found, classifier.mean_loss(found)) for name, found in measured_on.items()}
         self._path = directory / "trainings.jsonl"
         self._rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-        for row in read_lines(self._path):
+        for row in whole_lines(self._path):
             self._remember(row)
-        # Without a last line that a kill tore.
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
         self._company: int | None = None
 
     def scores(self, stage: str, rates: np.ndarray, seed: int, on: str) -> np.ndarray:
