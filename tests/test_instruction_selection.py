@@ -246,6 +246,7 @@ TINY = InstructionSelection(
     meta_steps=3,
     drawn=0.5,
     exchanged=5,
+    choosing=2,
     less_epochs=1,
     less_share=0.2,
     less_dimension=64,
@@ -285,12 +286,10 @@ def test_a_run_selects_at_its_budget_and_measures_every_arm(finished):
     assert len(records) == 3
     assert all(np.isfinite(r["held_out"]) and r["grad_norm"] > 0 for r in records)
     tried = read_lines(out / CHOSEN)
-    held_out = {
-        step: np.mean([t["held_out"] for t in tried if t["step"] == step]) for step in {t["step"] for t in tried}
-    }
-    assert 3 in held_out
-    assert {len([t for t in tried if t["step"] == step]) for step in held_out} == {config.choosing}
-    assert found["meta_step"] == min(held_out, key=held_out.__getitem__)
+    losses = {step: [t["held_out"] for t in tried if t["step"] == step] for step in {t["step"] for t in tried}}
+    assert 3 in losses
+    assert {len(of_step) for of_step in losses.values()} == {config.choosing}
+    assert found["meta_step"] == min(losses, key=lambda step: np.mean(losses[step]))
     html = (out / "report.html").read_text()
     assert "LESS" in html
     assert "<script" not in html
