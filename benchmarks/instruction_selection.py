@@ -61,7 +61,7 @@ def cost(run: RunDirectory) -> str:
     result = run.figures or {}
     return (
         f"Held-out questions chose what stood after {result['meta_step']} of {len(run.records)} meta-steps. Cost: "
-        f"{result['training_runs']:.0f} tunings' worth in the descent, {result['seconds'] / 60:.0f} minutes in all."
+        f"{result['training_runs']:.0f} tunings' worth in the descent."
     )
 
 
