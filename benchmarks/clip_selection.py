@@ -167,6 +167,8 @@ def main() -> None:
         weights_ratio=f"{result['gain_mgd'] / result['gain_score']:.2f}",
         ensemble_ratio=f"{result['gain_mgd'] / result['best_baseline_gain']:.2f}",
         runs=f"{result['training_runs']:.0f}",
+        meta_step=result["meta_step"],
+        meta_steps=config.meta_steps,
         pairs=result["pairs"],
         preset=given.preset,
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, one core, "
