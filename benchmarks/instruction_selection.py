@@ -10,12 +10,11 @@ import argparse
 import datetime
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-
-import numpy as np
 
 from metagradient.descent.journal import read_lines
 from metagradient.report.page import Table
@@ -47,13 +46,17 @@ def targets(result: Mapping[str, float]) -> str:
     return Table(header, rows).markdown()
 
 
-def known(run: RunDirectory) -> float:
-    """The share of the test questions whose answer is the whole answer of some candidate too."""
+def known(run: RunDirectory) -> tuple[float, list[str]]:
+    """Answers of the test questions that are the whole answer of some candidate too, and those that aren't.
+
+    Returns: the share of questions with one of the former; the three commonest of the latter.
+    """
     c = run.config
     limits = {name: c.get(name) for name in ("candidates", "tests")}
     sources = Sources.read(Path(c["data"]), c["target"], aim=c["aim"], seed=c["seed"], **limits)
     answers = {one.answer for one in sources.pool}
-    return float(np.mean([one.answer in answers for one in sources.test]))
+    others = Counter(one.answer for one in sources.test if one.answer not in answers)
+    return 1 - others.total() / len(sources.test), [answer for answer, _ in others.most_common(3)]
 
 
 def cost(run: RunDirectory) -> str:
@@ -102,6 +105,7 @@ def main() -> None:
     small = RunDirectory.read(given.small)
     agreement = json.loads(given.agreement.read_text())
     assert small.figures is not None
+    share, others = known(small)
     settings = (
         *("method", "share", "meta_steps", "exchanged", "drawn", "at", "tuning.steps", "tuning.batch", "tuning.length"),
         *("tuning.learning_rate", "tuning.lora_rank", "less_epochs", "less_share", "fresh"),
@@ -121,7 +125,8 @@ def main() -> None:
         selected=f"{small.figures['selected']:.0f}",
         cut_pool=f"{small.figures['cut_pool']:.0%}",
         cut_test=f"{small.figures['cut_test']:.0%}",
-        known=f"{known(small):.0%}",
+        known=f"{share:.0%}",
+        unknown=", ".join(others),
         length=small.config["tuning"]["length"],
         large=pretrained(given.pretrained, ("candidates", "tests", "aim", *settings)),
         made=f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}: {platform.machine()}, "

@@ -18,7 +18,7 @@ from metagradient.data.image_text import load_pool, read_uids
 from metagradient.errors import ConfigError, DataError, MetagradientError
 from metagradient.models.clip import contrastive_losses
 from metagradient.report.page import render
-from metagradient.tasks.clip_baselines import CaptionRules, chosen, drawn, highest, without_duplicates
+from metagradient.tasks.clip_baselines import CaptionRules, chosen, drawn, without_duplicates
 from metagradient.tasks.clip_descent import start
 from metagradient.tasks.clip_page import page
 from metagradient.tasks.clip_rater import feature_names, features, rated
@@ -26,6 +26,7 @@ from metagradient.tasks.clip_selection import ClipSelection, Prepared, prepare, 
 from metagradient.tasks.clip_training import PairRecipe, PairTrainer, fitted_scale, recalls, soft_rank, zero_shot
 from metagradient.tasks.clip_trials import Arm, figures, load_names
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.ranking import highest
 
 RECIPE = PairRecipe(
     size=8, patch=2, widths=(4, 8), text_width=8, text_heads=2, vocabulary=200, words=8, pieces=4, embedding=8,

@@ -11,7 +11,7 @@ from rich.console import Console
 from metagradient.data.images import load_digits
 from metagradient.report.figures import Figure, least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, render, write
-from metagradient.tasks.means import standard_error, with_error
+from metagradient.tasks.means import shown, standard_error, with_error
 
 DIGITS = load_digits().take(slice(0, 40))
 GIVEN = np.where(np.arange(40) % 2 == 0, (DIGITS.labels + 1) % 10, DIGITS.labels)
@@ -106,6 +106,7 @@ def test_a_mean_of_one_seed_has_no_error():
     assert np.isnan(standard_error([0.5]))
     assert with_error([0.1, 0.3], "+.1%") == "+20.0% ± 10.0%"
     assert with_error([0.5], ".2f") == "0.50"
+    assert shown(-0.1, 0.02, "+.2f") == "-0.10 ± 0.02"
 
 
 def test_a_page_asks_for_nothing_and_runs_nothing():

@@ -80,18 +80,6 @@ def image_hash(image: np.ndarray) -> str:
     return hashlib.md5(across.tobytes() + down.tobytes() + colours.tobytes(), usedforsecurity=False).hexdigest()
 
 
-def highest(scores: np.ndarray, share: float) -> np.ndarray:
-    """The share of pairs with the highest scores, bool[n]; ties go to the lower number.
-
-    Errors: `ConfigError` for a share outside (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise ConfigError(f"a share of pairs to keep must be in (0, 1], got {share}")
-    kept = np.zeros(len(scores), bool)
-    kept[np.argsort(-scores, kind="stable")[: max(1, round(share * len(scores)))]] = True
-    return kept
-
-
 def drawn(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     """How often each pair comes in a draw in proportion to weights, int[n], in all `count` times.
 

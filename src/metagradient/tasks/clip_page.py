@@ -10,6 +10,7 @@ import numpy as np
 from metagradient.report.figures import Figure, least_trusted, lines
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
+from metagradient.tasks.means import shown
 from metagradient.tasks.pages import closing
 
 ARMS = {
@@ -87,8 +88,9 @@ def page(directory: RunDirectory) -> Page:
         f"clean pairs. No filter looked at which pairs are mismatched. The choice is in subset.npy: {kept} different "
         f"pairs, {chosen_by}.\n\n"
         f"On test pairs that nothing was chosen by, mean recall at 1, 5 and 10 is {result['recall_all']:.3f} without a "
-        f"filter and {result['recall_subset']:.3f} with what was learnt, a gain of {result['gain_subset']:+.3f} ± "
-        f"{result['gain_error_subset']:.3f}; the best baseline's is {result['best_baseline_gain']:+.3f}."
+        f"filter and {result['recall_subset']:.3f} with what was learnt, a gain of "
+        f"{_with_error(result, 'gain', 'gain_error', 'subset', '+')}; the best baseline's is "
+        f"{result['best_baseline_gain']:+.3f}."
     )
     chosen = "; ".join(settings.values())
     sections = [
@@ -171,7 +173,7 @@ def _short(caption: str) -> str:
 
 
 def _with_error(result: Mapping[str, float], name: str, error: str, arm: str, sign: str = "") -> str:
-    return f"{result[f'{name}_{arm}']:{sign}.3f} ± {result[f'{error}_{arm}']:.3f}"
+    return shown(result[f"{name}_{arm}"], result[f"{error}_{arm}"], f"{sign}.3f")
 
 
 def _figures(directory: RunDirectory) -> dict[str, float]:

@@ -11,13 +11,14 @@ from metagradient.data.image_text import write_uids
 from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError
 from metagradient.report.page import write
-from metagradient.tasks.clip_baselines import Candidate, CaptionRules, chosen, drawn, highest, without_duplicates
+from metagradient.tasks.clip_baselines import Candidate, CaptionRules, chosen, drawn, without_duplicates
 from metagradient.tasks.clip_descent import Learnt, learnt
 from metagradient.tasks.clip_page import ARMS, WEIGHTS, arms_table, page
 from metagradient.tasks.clip_setup import ClipSelection, Prepared, prepare
 from metagradient.tasks.clip_trials import Arm, Trials, figures
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.pages import say_report
+from metagradient.tasks.ranking import highest
 
 NAME = "select-clip"
 

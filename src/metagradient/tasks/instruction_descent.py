@@ -21,6 +21,7 @@ from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared
 from metagradient.tasks.instruction_setup import InstructionSelection, at, budget
+from metagradient.tasks.ranking import highest
 from metagradient.training import Training
 
 CHOSEN = "chosen.jsonl"
@@ -69,17 +70,17 @@ def selected(config: InstructionSelection, task: Prepared, directory: RunDirecto
     follow(descent, c.meta_steps, "loss on the target")
     assert descent.best is not None
     found = {descent.best.step: descent.best.z, descent.step: descent.z}
-    counts = {step: _counts(c, z, n) for step, z in found.items()}
+    counts = {step: _counts(c, z) for step, z in found.items()}
     # Counts that nothing was trained on may be too few to train on.
     counts = {step: of_step for step, of_step in counts.items() if of_step.sum() >= c.tuning.batch}
     step = min(counts, key=lambda step: _held_out(c, task, step, counts[step], directory))
     return step, counts[step]
 
 
-def _counts(config: InstructionSelection, z: Mapping[str, PerExample], n: int) -> np.ndarray:
-    """How often each of n candidates is selected, int[n]."""
+def _counts(config: InstructionSelection, z: Mapping[str, PerExample]) -> np.ndarray:
+    """How often each candidate is selected, int[n]."""
     if config.method == "weights":
-        return highest(np.asarray(z["weights"].value), budget(config, n), n)
+        return highest(np.asarray(z["weights"].value), config.share).astype(np.int64)
     return np.asarray(z["counts"].value).astype(np.int64)
 
 
@@ -116,10 +117,3 @@ def _surrogate(config: InstructionSelection, task: Prepared) -> Any:
         return CountSurrogate(lambda counts: training(counts, seed), candidates, tuner.losses, at(config))
 
     return surrogate
-
-
-def highest(scores: np.ndarray, size: int, n: int) -> np.ndarray:
-    """Counts of one for the `size` highest scores; of equal ones the lower number goes first."""
-    counts = np.zeros(n, np.int64)
-    counts[np.argsort(-scores, kind="stable")[:size]] = 1
-    return counts

@@ -12,7 +12,7 @@ from metagradient.descent.journal import read_lines
 from metagradient.report.figures import lines
 from metagradient.report.page import Page, Section, Table
 from metagradient.tasks.directory import RunDirectory
-from metagradient.tasks.means import standard_error
+from metagradient.tasks.means import shown, standard_error
 from metagradient.tasks.pages import closing
 
 TRAINED, SELECTED = "trained.jsonl", "selected.jsonl"
@@ -51,7 +51,7 @@ def figures(trained: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         by_arm.setdefault(line["arm"], {})[line["seed"]] = line
     found: dict[str, float] = {}
     for arm, of_seed in by_arm.items():
-        for measure in ("loss", "tokens", "accuracy", "choice"):
+        for measure in _MEASURES:
             values = [line[measure] for line in of_seed.values() if measure in line]
             if values:
                 found[f"{measure}_{arm}"] = float(np.mean(values))
@@ -82,8 +82,8 @@ def results(result: Mapping[str, float]) -> Table:
         if f"{measure}_{arm}" not in result:
             return "–"
         mean, error = result[f"{measure}_{arm}"], result[f"error_{measure}_{arm}"]
-        # The start has no seeds; the mean of one seed has no error.
-        return f"{mean:.3f}" if arm == "before" or np.isnan(error) else f"{mean:.3f} ± {error:.3f}"
+        # The start has no seeds.
+        return f"{mean:.3f}" if arm == "before" else shown(mean, error, ".3f")
 
     rows = [
         (name, *(cell(measure, arm) for measure in measures)) for arm, name in NAMES.items() if f"loss_{arm}" in result

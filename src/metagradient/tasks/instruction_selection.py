@@ -20,10 +20,11 @@ from metagradient.tasks import less
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.finetuning import Tuner
 from metagradient.tasks.instruction_data import Prepared, Sources, chunked, load_model, template_named
-from metagradient.tasks.instruction_descent import highest, selected
+from metagradient.tasks.instruction_descent import selected
 from metagradient.tasks.instruction_page import SELECTED, TRAINED, arm_rows, figures, page, results
 from metagradient.tasks.instruction_setup import InstructionSelection, budget, read_sources
 from metagradient.tasks.pretraining import pretrain, read_texts
+from metagradient.tasks.ranking import highest
 from metagradient.trees import PyTree
 
 COMMAND = "select-instruction"
@@ -94,9 +95,7 @@ def _prepared(config: InstructionSelection, sources: Sources, given: Any, direct
 
 def _baselines(config: InstructionSelection, task: Prepared, directory: RunDirectory) -> dict[str, np.ndarray]:
     """Rows that each baseline trains on, ascending."""
-    n = len(task.pool)
-    size = budget(config, n)
-    path = directory / _SCORES
+    n, path = len(task.pool), directory / _SCORES
     if not path.exists():
         c = config
         warm = less.warmed_up(task.tuner, task.pool, c.less_share, c.less_epochs, c.seed)
@@ -107,8 +106,8 @@ def _baselines(config: InstructionSelection, task: Prepared, directory: RunDirec
         np.savez(partial, less=of_less, embedding=_similarity(task), length=_lengths(task))
         partial.replace(path)
     with np.load(path) as stored:
-        chosen = {name: np.flatnonzero(highest(stored[name], size, n)) for name in ("length", "embedding", "less")}
-    random = np.sort(np.random.default_rng((config.seed, 6)).choice(n, size, replace=False))
+        chosen = {name: np.flatnonzero(highest(stored[name], config.share)) for name in ("length", "embedding", "less")}
+    random = np.sort(np.random.default_rng((config.seed, 6)).choice(n, budget(config, n), replace=False))
     return {"all": np.arange(n), "random": random, **chosen}
 
 

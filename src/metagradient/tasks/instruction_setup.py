@@ -94,7 +94,7 @@ def read_sources(config: InstructionSelection) -> Sources:
     if not template_named(c.template).marks and c.model is None:
         raise ConfigError(f"the small decoder has no vocabulary for template {c.template}: plain, or name its --model")
     sources = Sources.read(c.data, c.target, candidates=c.candidates, aim=c.aim, tests=c.tests, seed=c.seed)
-    if round(c.share * len(sources.pool)) < c.tuning.batch:
+    if budget(c, len(sources.pool)) < c.tuning.batch:
         raise ConfigError(
             f"a share of {c.share} of {len(sources.pool)} candidates doesn't hold a batch of {c.tuning.batch}"
         )

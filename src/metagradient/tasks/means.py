@@ -17,5 +17,9 @@ def with_error(values: Any, form: str) -> str:
     Arguments:
         form: how both are written, such as `.1%`; a sign that it asks for is the mean's.
     """
-    mean = format(float(np.mean(values)), form)
-    return f"{mean} ± {standard_error(values):{form.lstrip('+')}}" if len(values) > 1 else mean
+    return shown(float(np.mean(values)), standard_error(values), form)
+
+
+def shown(mean: float, error: float, form: str) -> str:
+    """The same of a mean and its error; the mean alone where that is NaN."""
+    return f"{mean:{form}}" if np.isnan(error) else f"{mean:{form}} ± {error:{form.lstrip('+')}}"
