@@ -1,19 +1,28 @@
-"""Exact gradients through whole training runs, in bounded memory, on JAX."""
+"""Exact gradients through whole training runs, in bounded memory, on JAX.
 
-from metagradient import errors, schedule, smoothness, updates
-from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
-from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
-from metagradient.metaparameters import PerExample, PerStep, Shared
-from metagradient.objectives import mean_over
-from metagradient.planning import plan
-from metagradient.replay.budget import Memory
-from metagradient.replay.plan import Plan
-from metagradient.run import train, train_many
-from metagradient.smoothness import Smoothness, metasmoothness
-from metagradient.step.segment import Segment
-from metagradient.surrogate import CountSurrogate, probe_at
-from metagradient.training import Training, TrainState
-from metagradient.verify import CheckReport, check
+The public names are imported when they are first used: `import metagradient` alone takes no JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metagradient import errors, schedule, smoothness, updates
+    from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
+    from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
+    from metagradient.metaparameters import PerExample, PerStep, Shared
+    from metagradient.objectives import mean_over
+    from metagradient.planning import plan
+    from metagradient.replay.budget import Memory
+    from metagradient.replay.plan import Plan
+    from metagradient.run import train, train_many
+    from metagradient.smoothness.probe import Smoothness, metasmoothness
+    from metagradient.step.segment import Segment
+    from metagradient.surrogate import CountSurrogate, probe_at
+    from metagradient.training import Training, TrainState
+    from metagradient.verify import CheckReport, check
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Best",
@@ -48,3 +57,37 @@ __all__ = [
     "updates",
     "value_and_metagrad",
 ]
+
+_MODULES = ("errors", "schedule", "smoothness", "updates")
+# As in the imports above. A module of this package can't bear the name of one of its functions: once imported, it would
+# be found under that name.
+_NAMES = {
+    "descent.loop": ("Best", "Descent", "MetaStep", "descend", "fresh_seed"),
+    "metagrad": ("Evaluation", "Metagradient", "Stats", "value_and_metagrad"),
+    "metaparameters": ("PerExample", "PerStep", "Shared"),
+    "objectives": ("mean_over",),
+    "planning": ("plan",),
+    "replay.budget": ("Memory",),
+    "replay.plan": ("Plan",),
+    "run": ("train", "train_many"),
+    "smoothness.probe": ("Smoothness", "metasmoothness"),
+    "step.segment": ("Segment",),
+    "surrogate": ("CountSurrogate", "probe_at"),
+    "training": ("TrainState", "Training"),
+    "verify": ("CheckReport", "check"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
