@@ -19,6 +19,8 @@ from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
 from metagradient.step.segment import Runner, advance_one, pull_one
 from metagradient.trees import floating
 
+pytestmark = pytest.mark.core
+
 SCHEDULES = [KeepAll()]
 for tier in ("device", "host"):
     SCHEDULES += [TwoLevel(tier=tier), KaryTree(2, tier), KaryTree(3, tier), Binomial(1, tier), Binomial(3, tier)]

@@ -9,6 +9,8 @@ import pytest
 
 import metagradient as mg
 
+pytestmark = pytest.mark.core
+
 T = 6
 Z = {"rate": mg.PerStep(jnp.full(T, 0.3)), "pull": jnp.asarray(0.2)}
 X = np.random.default_rng(0).normal(size=(T, 5)).astype(np.float32)

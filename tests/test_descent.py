@@ -14,6 +14,8 @@ from metagradient.descent.gradients import average
 from metagradient.descent.loop import fresh_seed, inner_seed
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
 
+pytestmark = pytest.mark.core
+
 
 def decay(state: jax.Array, batch: dict, z: dict) -> jax.Array:
     return state - z["rate"] * state

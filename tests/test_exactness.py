@@ -42,6 +42,8 @@ import metagradient as mg
 from metagradient import Segment
 from metagradient.schedule import Binomial, KaryTree, KeepAll, Schedule, TwoLevel
 
+pytestmark = pytest.mark.core
+
 STEPWISE, TREE = Segment(1, "steps", "state"), KaryTree(2, "host")
 SCHEDULES = [KeepAll()]
 for tier in ("device", "host"):

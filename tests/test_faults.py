@@ -24,6 +24,8 @@ from metagradient.errors import (
 )
 from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
 
+pytestmark = pytest.mark.core
+
 STEPWISE = Segment(1, "steps", "state")
 LENGTH = 6
 START = {"w": np.ones(3, np.float32), "taken": np.int32(0)}

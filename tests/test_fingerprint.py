@@ -20,6 +20,8 @@ import metagradient as mg
 from metagradient.replay.fingerprint import fingerprint
 from metagradient.schedule import KaryTree
 
+pytestmark = pytest.mark.core
+
 NUMBERS = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8, np.uint16, np.int32, np.int64]
 SHAPES = [(), (5,), (3, 4)]
 

@@ -23,6 +23,8 @@ from metagradient.descent import journal
 from metagradient.descent.journal import RECORDS, STATE, TIMINGS, read_lines
 from metagradient.errors import ConfigError, StoreError
 
+pytestmark = pytest.mark.core
+
 WRITES = 3  # in a meta-step: timings, state, record
 
 

@@ -14,6 +14,8 @@ from metagradient.errors import ConfigError
 from metagradient.models import Decoder
 from metagradient.models.lora import LoRA
 
+pytestmark = pytest.mark.core
+
 DECODER = Decoder(
     vocab_size=30,
     hidden_size=12,

@@ -10,6 +10,8 @@ import pytest
 import metagradient as mg
 from metagradient.trees import nbytes
 
+pytestmark = pytest.mark.core
+
 STEPS = 24
 
 

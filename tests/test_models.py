@@ -11,6 +11,8 @@ import pytest
 from metagradient.errors import StructureError
 from metagradient.models import MLP, Decoder, ResNet9
 
+pytestmark = pytest.mark.core
+
 # These programs run once: less optimisation saves a third of the tests' time.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

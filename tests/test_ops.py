@@ -7,6 +7,8 @@ import pytest
 
 from metagradient.models import causal_attention, chunked_cross_entropy, conv3x3
 
+pytestmark = pytest.mark.core
+
 # These programs run once: less optimisation saves a third of the tests' time.
 COMPILE_FAST = {"xla_backend_optimization_level": 0}
 

@@ -44,6 +44,8 @@ from metagradient.replay.schedule import (
     simulate,
 )
 
+pytestmark = pytest.mark.core
+
 light = settings(deadline=None, max_examples=25)
 
 

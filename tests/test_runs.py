@@ -17,6 +17,8 @@ from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.report import Report, run
 
+pytestmark = pytest.mark.core
+
 SMALL = {"examples": 300, "held-out": 100, "target": 100, "batch": 100, "steps": 12, "meta-steps": 3, "seeds": 1}
 DEMO = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 

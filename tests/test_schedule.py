@@ -33,6 +33,8 @@ from metagradient.replay.schedule import (
     simulate,
 )
 
+pytestmark = pytest.mark.core
+
 light = settings(deadline=None, max_examples=25)
 lengths = st.integers(1, 5000)
 parameters = st.one_of(st.integers(1, 12), st.integers(1, 6000))

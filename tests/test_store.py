@@ -10,6 +10,8 @@ import pytest
 import metagradient as mg
 from metagradient.replay.store import Stores
 
+pytestmark = pytest.mark.core
+
 TIERS = ("device", "host", "disk")
 
 

@@ -19,6 +19,8 @@ from metagradient.data.batches import EpochBatches
 from metagradient.errors import BatchError, ConfigError, NonFiniteError, StructureError
 from metagradient.models import chunked_cross_entropy
 
+pytestmark = pytest.mark.core
+
 POOL, STEPS, AT = 24, 9, 5
 ADAM = optax.adam(0.05, eps_root=1e-8)
 COUNTS = np.random.default_rng(3).integers(0, 3, POOL).astype(float)

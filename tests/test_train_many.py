@@ -11,6 +11,8 @@ from metagradient.data.images import Images
 from metagradient.errors import StructureError
 from metagradient.tasks.classifier import Classifier, Recipe, interpolated, one_cycle
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture
 def training() -> mg.Training:

@@ -15,6 +15,8 @@ import metagradient as mg
 from metagradient.descent.updates import unit_rms
 from metagradient.errors import ConfigError, StructureError
 
+pytestmark = pytest.mark.core
+
 u = mg.updates
 
 
