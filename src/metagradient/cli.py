@@ -1,4 +1,4 @@
-"""The command line: `metagradient demo`, ..."""
+"""The command line: `metagradient demo`, ... Needs the extra `cli`, but for `metagradient doctor`."""
 
 import argparse
 import sys
@@ -9,28 +9,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jax
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from metagradient import doctor
 from metagradient.errors import ConfigError, MetagradientError
-from metagradient.tasks.directory import RunDirectory
+from metagradient.optional import library
 from metagradient.tasks.registry import SELECTIONS, TASKS
 
-_COMMANDS = sorted({name.partition("-")[0] for name in TASKS})
+_COMMANDS = sorted({"doctor", *(name.partition("-")[0] for name in TASKS)})
 _CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code (2 for input that can't be used)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] not in _COMMANDS:
-        print(_usage(), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
-        return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
-    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if arguments[:1] == ["doctor"]:
+        return doctor.main(arguments[1:])
     try:
+        for needed in ("tomli_w", "tyro"):
+            library(needed, "cli")
+        if not arguments or arguments[0] not in _COMMANDS:
+            print(_usage(), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
+            return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
+        _keep_programs()
         name, rest = _named(*arguments)
         task = TASKS[name]()
         if resumed := begun(name, task.config, rest):
@@ -38,9 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             task.run(parse(name, task.config, rest, with_data=task.preset))
     except MetagradientError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     return 0
+
+
+def _keep_programs() -> None:
+    """Keep compiled programs from one command to the next."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _named(command: str, *rest: str) -> tuple[str, Sequence[str]]:
@@ -53,6 +63,8 @@ def _named(command: str, *rest: str) -> tuple[str, Sequence[str]]:
     given, left = first.parse_known_args(rest)
     name = f"select-{given.task}"
     if given.resume:
+        from metagradient.tasks.directory import RunDirectory
+
         left = ["--resume", given.resume, *left]
         name = name if given.task else RunDirectory.read(Path(given.resume)).command
     if name.removeprefix("select-") not in SELECTIONS:
@@ -70,6 +82,8 @@ def begun(command: str, config: Any, arguments: Sequence[str]) -> Any | None:
 
     Errors: `ConfigError` for a directory without a run that can be gone on with, and for other settings beside it.
     """
+    from metagradient.tasks.directory import RunDirectory
+
     first = argparse.ArgumentParser(prog=_typed(command), add_help=False, allow_abbrev=False)
     first.add_argument("--resume", type=Path, metavar="DIR")
     given, rest = first.parse_known_args(arguments)
@@ -107,7 +121,7 @@ def parse(command: str, config: Any, arguments: Sequence[str], *, with_data: str
         if values.pop("command", command) != command:
             raise ConfigError(f"--config {given.config}: not of metagradient {command}")
         config = _with_values(config, values, str(given.config))
-    return tyro.cli(
+    return library("tyro", "cli").cli(
         type(config),
         args=rest,
         default=config,
@@ -125,7 +139,8 @@ def _usage() -> str:
     return (
         "usage: metagradient COMMAND [--out DIR] [--seed N] [--data DIR] [--preset NAME] [--config FILE.toml] ...\n"
         "       metagradient COMMAND --resume DIR\n"
-        "       metagradient report DIR...\n\n"
+        "       metagradient report DIR...\n"
+        "       metagradient doctor\n\n"
         f"commands: {', '.join(_COMMANDS)}; metagradient COMMAND --help lists a command's settings\n"
         f"tasks of select: --task {', --task '.join(SELECTIONS)}"
     )

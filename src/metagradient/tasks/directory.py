@@ -11,11 +11,11 @@ from platform import platform, python_version
 from typing import Any, Self
 
 import jax
-import tomli_w
 
 from metagradient.descent.journal import RECORDS, TIMINGS, read_lines
 from metagradient.errors import ConfigError
 from metagradient.files import append_text, write_text
+from metagradient.optional import library
 
 _CONFIG, _RESULT, _VERSIONS = "config.toml", "result.json", "versions.json"
 
@@ -61,7 +61,7 @@ class RunDirectory:
             raise ConfigError(f"{path} holds a run already: choose another --out, delete it, or --resume it")
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_text(path / _CONFIG, tomli_w.dumps({"command": command, **self.config}))
+            write_text(path / _CONFIG, _toml({"command": command, **self.config}))
         write_text(path / _VERSIONS, json.dumps(versions(), indent=2) + "\n")
         return self
 
@@ -107,7 +107,7 @@ class RunDirectory:
     @classmethod
     def _with(cls, path: Path, config: Any, command: str) -> Self:
         """With settings of a dataclass, as TOML has them."""
-        written = tomli_w.dumps(_plain({k: v for k, v in asdict(config).items() if k != "out"}))
+        written = _toml(_plain({k: v for k, v in asdict(config).items() if k != "out"}))
         return cls(path, command, tomllib.loads(written))
 
     def _require_command(self, command: str) -> None:
@@ -178,6 +178,10 @@ def versions() -> dict[str, str]:
         "platform": platform(terse=True),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }
+
+
+def _toml(values: dict[str, Any]) -> str:
+    return library("tomli_w", "cli").dumps(values)
 
 
 def _json(path: Path) -> dict[str, Any] | None:

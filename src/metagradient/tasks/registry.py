@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metagradient.tasks.directory import RunDirectory
+if TYPE_CHECKING:
+    from metagradient.tasks.directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Task:
     config: Any
     run: Callable[..., Any]
     preset: str | None = None
-    page: Callable[[RunDirectory], Any] | None = None
+    page: "Callable[[RunDirectory], Any] | None" = None
 
 
 def _demo() -> Task:
