@@ -2,11 +2,13 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -90,6 +92,27 @@ def test_the_releases_that_were_tested_are_those_that_are_promised():
     assert versions.untested(f"{oldest}.2") is versions.untested(f"{newest}.0.1") is None
     newer = f"{newest}9.0"
     assert f"jax {newer} is none of the releases" in str(versions.untested(newer))
+
+
+@pytest.mark.parametrize("python", [versions.TESTED_PYTHON[0], versions.TESTED_PYTHON[-1]])
+def test_the_lock_pins_all_that_tests_and_linters_need(python: str):
+    lock = ROOT / "requirements" / f"python{python}.txt"
+    if not lock.parent.is_dir():
+        pytest.skip("the lock is part of the repository, not of the sdist")
+    text = lock.read_text()
+    assert "://" not in text
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE))
+    assert len(pinned) == len(re.findall(r"^\w", text, re.MULTILINE))
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [project["dependency-groups"][name] for name in ("test", "lint")]
+    extras = project["project"]["optional-dependencies"].values()
+    needed = [*project["project"]["dependencies"], *chain(*extras), *chain(*groups)]
+    for requirement in needed:
+        name, _, exact = re.sub(r"\[.*?]", "", requirement).partition("==")
+        name = re.split(r"[<>=~!;\s]", name)[0].lower()
+        assert name == "metagradient" or name in pinned
+        assert not exact or pinned[name] == exact
 
 
 @pytest.fixture(scope="module")
