@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import assert_same, mlp, with_optimiser
 
 import metagradient as mg
-from metagradient.replay.fingerprint import fingerprint
+from metagradient.fingerprint import fingerprint
 from metagradient.schedule import KaryTree
 
 pytestmark = pytest.mark.core

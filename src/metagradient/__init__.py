@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metagradient import errors, schedule, smoothness, updates
+    from metagradient._check import CheckReport, check
+    from metagradient._plan import plan
+    from metagradient.counts import CountSurrogate, probe_at
     from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
     from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
     from metagradient.metaparameters import PerExample, PerStep, Shared
     from metagradient.objectives import mean_over
-    from metagradient.planning import plan
     from metagradient.replay.budget import Memory
     from metagradient.replay.plan import Plan
     from metagradient.run import train, train_many
     from metagradient.smoothness.probe import Smoothness, metasmoothness
+    from metagradient.step.rules import true_derivative
     from metagradient.step.segment import Segment
-    from metagradient.surrogate import CountSurrogate, probe_at
     from metagradient.training import Training, TrainState
-    from metagradient.verify import CheckReport, check
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "smoothness",
     "train",
     "train_many",
+    "true_derivative",
     "updates",
     "value_and_metagrad",
 ]
@@ -62,19 +64,20 @@ _MODULES = ("errors", "schedule", "smoothness", "updates")
 # As in the imports above. A module of this package can't bear the name of one of its functions: once imported, it would
 # be found under that name.
 _NAMES = {
+    "_check": ("CheckReport", "check"),
+    "_plan": ("plan",),
+    "_train": ("train", "train_many"),
+    "counts": ("CountSurrogate", "probe_at"),
     "descent.loop": ("Best", "Descent", "MetaStep", "descend", "fresh_seed"),
     "metagrad": ("Evaluation", "Metagradient", "Stats", "value_and_metagrad"),
     "metaparameters": ("PerExample", "PerStep", "Shared"),
     "objectives": ("mean_over",),
-    "planning": ("plan",),
     "replay.budget": ("Memory",),
     "replay.plan": ("Plan",),
-    "run": ("train", "train_many"),
     "smoothness.probe": ("Smoothness", "metasmoothness"),
+    "step.rules": ("true_derivative",),
     "step.segment": ("Segment",),
-    "surrogate": ("CountSurrogate", "probe_at"),
     "training": ("TrainState", "Training"),
-    "verify": ("CheckReport", "check"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -43,3 +43,11 @@ class StoreError(MetagradientError, OSError):
 
 class DataError(MetagradientError, ValueError):
     """A data set on disk is absent, lacks a column, or holds what can't be read."""
+
+
+class DerivativeError(MetagradientError, ValueError):
+    """A loss can't be differentiated twice, or holds a rule of its own that would make the metagradient wrong."""
+
+
+class CompilerError(MetagradientError, RuntimeError):
+    """A compiled program gave other numbers than another one of the same computation."""

@@ -1,28 +1,30 @@
 """`value_and_metagrad`: the gradient of an objective of a whole training run, by REPLAY."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Generator, Hashable
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from metagradient._jax import compile_seconds
+from metagradient._plan import planned_once
 from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metaparameters import canonical, like, wrapped
-from metagradient.objectives import check_objective, value_and_pull_back
-from metagradient.planning import plan_run
+from metagradient.objectives import check_objective, programs_of, value_and_pull_back
 from metagradient.progress import Progress
 from metagradient.replay.budget import Memory
-from metagradient.replay.execute import Traversal
-from metagradient.replay.fingerprint import NotFinite, Watch
+from metagradient.replay.execute import Ending, Traversal
 from metagradient.replay.plan import Plan, affordable, free_host_bytes
 from metagradient.replay.schedule import Schedule, simulate
 from metagradient.replay.store import Stores
+from metagradient.replay.watch import NotFinite, Watch
 from metagradient.run import Run, full_precision
-from metagradient.step.compilation import compile_seconds
+from metagradient.step.programs import Programs, signature
 from metagradient.step.rule import Cotangent
-from metagradient.step.segment import Segment
+from metagradient.step.segment import Segment, over_queries
 from metagradient.training import Training
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
 
@@ -83,20 +85,38 @@ class Evaluation:
     state: PyTree
 
 
-@dataclass(frozen=True, eq=False)
 class Metagradient:
-    """A function `z -> (value, gradient)`; made by `value_and_metagrad`."""
+    """A function `z -> (value, gradient)`; made by `value_and_metagrad`, whose arguments are described there.
 
-    training: Training
-    objective: Callable[[PyTree, PyTree], jax.Array]
-    schedule: Schedule | None
-    memory: Memory | None
-    segment: Segment | int | None
-    window: int | None
-    vector: bool
-    verify: bool
-    progress: bool
-    _chosen: list[tuple[Segment, Schedule | None]] = field(default_factory=list, repr=False)
+    Attributes:
+        training, objective: what it is the metagradient of.
+        programs: those of the objective.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        objective: Callable[[PyTree, PyTree], jax.Array],
+        *,
+        schedule: Schedule | None = None,
+        memory: Memory | None = None,
+        segment: Segment | int | None = None,
+        window: int | None = None,
+        vector: bool = False,
+        verify: bool = True,
+        progress: bool = False,
+    ):
+        self.training = training
+        self.objective = objective
+        self._schedule = schedule
+        self._memory = memory
+        self._segment = segment
+        self._window = window
+        self._vector = vector
+        self._verify = verify
+        self._progress = progress
+        self.programs = programs_of(objective)
+        self._checked: set[Hashable] = set()
 
     def __call__(self, z: PyTree) -> tuple[jax.Array, PyTree]:
         """Value of the objective, and its gradient in the structure of z."""
@@ -113,72 +133,85 @@ class Metagradient:
         start = perf_counter()
         with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
             z = canonical(z)
-            first = not self._chosen
-            run = Run.prepared(self.training, z, self.window, first=first)
+            # The first time at these shapes, everything is checked before compute is spent; later, beside it.
+            first = signature(z) not in self._checked
+            run = Run.prepared(self.training, z, self._window, first=first)
             if first:
-                check_objective(self.objective, self.vector, run.state, z)
-                self._chosen.append(self._choose(run))
+                check_objective(self.objective, self._vector, run.state, z)
+            segment, schedule = self._choose(run)
+            self._checked.add(signature(z))
             try:
-                found = self._traverse(run, z, first=first)
+                found = self._traverse(run, z, segment, schedule, first=first)
             except NotFinite:
-                self._traverse(run, z, careful=True)
+                self._traverse(run, z, segment, schedule, careful=True)
                 raise NonFiniteError("a non-finite value appeared, but not again in a careful second run") from None
             if compiling.seconds:
                 # Programs were traced on the way: of the step that was checked, or of one altered meanwhile?
-                run.contract.still_holds()
+                run.contract.recheck()
         stats = replace(found.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
         return replace(found, stats=stats)
 
     def _choose(self, run: Run) -> tuple[Segment, Schedule | None]:
         """How to compile steps, and the schedule where a budget or the user decides it."""
-        schedule = self.schedule or (plan_run(run, self.memory, self.segment) if self.memory else None)
-        made_for = schedule.segment if isinstance(schedule, Plan) else None
-        return run.chosen(self.segment if isinstance(self.segment, Segment) else made_for or self.segment), schedule
+        schedule = self._schedule or (planned_once(run, self._memory, self._segment) if self._memory else None)
+        if isinstance(self._segment, Segment) or not isinstance(schedule, Plan):
+            return run.chosen(self._segment), schedule
+        return schedule.segment, schedule
 
-    def _traverse(self, run: Run, z: PyTree, *, first: bool = False, careful: bool = False) -> Evaluation:
-        segment, schedule = self._chosen[0]
+    def _traverse(
+        self, run: Run, z: PyTree, segment: Segment, schedule: Schedule | None, *, first: bool = False,
+        careful: bool = False,
+    ) -> Evaluation:  # fmt: skip
         # A budget is kept to; without one, batches may take a share of what the host has free.
         hold_bytes = 0 if isinstance(schedule, Plan) else free_host_bytes() // _SHARE_FOR_BATCHES
-        runner = run.runner(segment, queries=self.vector, hold_bytes=hold_bytes)
+        runner = run.runner(segment, queries=self._vector, hold_bytes=hold_bytes)
         schedule = schedule or affordable(len(runner), segment, nbytes(run.state))
         folder = schedule.memory.path if isinstance(schedule, Plan) else None
-        final: list[PyTree] = []
-
-        def begin(state: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
-            final.append(state)
-            if first or self.verify:
-                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step. The
-                # device is still busy with the run.
-                run.contract.still_holds()
-            traversal.watch.settle()
-            value, cotangent, total = value_and_pull_back(self.objective, self.vector, state, z)
-            if not bool(jnp.isfinite(value).all()):
-                raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
-            bad = [p for p, x in zip(floating_paths(state), cotangent, strict=True) if not bool(jnp.isfinite(x).all())]
-            if bad:
-                raise NonFiniteError(
-                    f"the objective is finite, but its derivative in {bad[0]} of the final state is not: look for a "
-                    "root, norm, log or division at zero in it"
-                )
-            return value, cotangent, wrapped(total)
-
-        with Progress(self.progress) as progress, Stores(folder) as stores:
+        with Progress(self._progress) as progress, Stores(folder) as stores:
             cost = simulate(schedule, len(runner))
             progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
             progress.expect("adjoint", len(runner) * segment.length)
-            replays = cost.advances > 0
-            traversal = Traversal(runner, begin, Watch(self.verify), progress.tick, stores, replays, careful)
-            if self.verify:
+            watch = Watch(run.programs.fingerprint, self._verify)
+            traversal = Traversal(runner, watch, progress.tick, stores, cost.advances > 0, careful)
+            if self._verify:
                 traversal.rehearse(run.state)
-            state = traversal.first_run(run.state)
-            value, cotangent, total = traversal.run(schedule.actions(len(runner)), state)
+            walk = traversal.walk(schedule.actions(len(runner)), run.state)
+            state = next(walk)
+            if first or self._verify:
+                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step.
+                run.contract.recheck()
+            value, *ending = self._ending(state, z)
+            cotangent, total = _sent(walk, tuple(ending))
         grad = like(z, total)
         if self.training.starts_from_z and not runner.begin:
             _, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
-            (start,) = jax.vmap(vjp)(cotangent) if self.vector else vjp(cotangent)
+            (start,) = over_queries(vjp, cotangent) if self._vector else vjp(cotangent)
             grad = jax.tree.map(jnp.add, grad, start)
-        _check_finite(grad)
-        return Evaluation(value, grad, _stats(traversal, segment, schedule), final[0])
+        _check_finite(grad, run.programs)
+        return Evaluation(value, grad, _stats(traversal, segment, schedule), state)
+
+    def _ending(self, state: PyTree, z: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
+        """The objective's value, the cotangent of the final state, and those of z by the objective alone, wrapped."""
+        value, cotangent, total = value_and_pull_back(self.programs, self.objective, self._vector, state, z)
+        if not np.isfinite(value).all():
+            raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
+        good = self.training.programs.finite(cotangent).tolist()
+        bad = [path for path, finite in zip(floating_paths(state), good, strict=True) if not finite]
+        if bad:
+            raise NonFiniteError(
+                f"the objective is finite, but its derivative in {bad[0]} of the final state is not: look for a "
+                "root, norm, log or division at zero in it"
+            )
+        return value, cotangent, wrapped(total)
+
+
+def _sent(walk: Generator[PyTree, Ending, Ending], ending: Any) -> Ending:
+    """What a walk returns once it was sent the cotangents at its end."""
+    try:
+        walk.send(ending)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a walk yields once")
 
 
 def value_and_metagrad(
@@ -243,13 +276,22 @@ def value_and_metagrad(
         raise StructureError(f'verify is "boundaries" or "off", not {verify!r}')
     if memory is not None and schedule is not None:
         raise StructureError("give either memory= or schedule=: a budget makes its own schedule")
-    verified = verify == "boundaries"
-    return Metagradient(training, objective, schedule, memory, segment, window, vector, verified, progress)
+    return Metagradient(
+        training,
+        objective,
+        schedule=schedule,
+        memory=memory,
+        segment=segment,
+        window=window,
+        vector=vector,
+        verify=verify == "boundaries",
+        progress=progress,
+    )
 
 
-def _check_finite(grad: PyTree) -> None:
-    for path, leaf in paths(grad):
-        if not bool(jnp.isfinite(leaf).all()):
+def _check_finite(grad: PyTree, programs: Programs) -> None:
+    for (path, _), good in zip(paths(grad), programs.finite(grad).tolist(), strict=True):
+        if not good:
             raise NonFiniteError(
                 f"the gradient of z{path} is not finite, though every state's cotangent was: look at how the step uses "
                 "it (a root, log or division at zero)"

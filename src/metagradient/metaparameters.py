@@ -188,6 +188,16 @@ def index_bound(z: PyTree) -> int | None:
     return min((k.value.shape[0] for k in kinds if isinstance(k, PerExample) and k.rows is None), default=None)
 
 
+def check_steps(z: PyTree, steps: int) -> None:
+    """Raise `StructureError` unless every `PerStep` leaf of a wrapped z has one entry a step."""
+    for path, kind in jax.tree.flatten_with_path(z, is_leaf=is_kind)[0]:
+        if isinstance(kind, PerStep) and kind.value.shape[:1] != (steps,):
+            raise StructureError(
+                f"z{jax.tree_util.keystr(path)} is PerStep with shape {list(kind.value.shape)}, but the run takes "
+                f"T = {steps} steps"
+            )
+
+
 def slices(z: PyTree, t: jax.Array, index: jax.Array | None) -> PyTree:
     """What steps `t` see of a wrapped `z`, still wrapped.
 

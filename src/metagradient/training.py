@@ -1,6 +1,6 @@
 """`Training`: one object that drives training, replay, the traced step and every probe, so that none can disagree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from metagradient.errors import StructureError
+from metagradient.examples import checked
 from metagradient.metaparameters import needs_index, slices, wrapped
+from metagradient.step.feed import check_source
 from metagradient.step.from_loss import LossStep, TrainState
+from metagradient.step.optimizer import check_optimizer, is_optimizer
+from metagradient.step.programs import Programs, programs_of
 from metagradient.step.rule import Rule, WrittenStep
 from metagradient.trees import PyTree, strong
 
@@ -55,6 +59,15 @@ class Training:
     step: Callable[[PyTree, PyTree, PyTree], PyTree]
     batches: Batches
     allow_low_precision: bool = field(default=False, kw_only=True)
+    programs: Programs = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_source(self.batches)
+        if not callable(self.step):
+            raise StructureError(
+                f"step is {type(self.step).__name__}, expected a function (state, batch, z_t) -> state"
+            )
+        object.__setattr__(self, "programs", programs_of(self.rule))
 
     @classmethod
     def from_loss(
@@ -65,6 +78,7 @@ class Training:
         batches: Batches,
         *,
         microbatches: int = 1,
+        examples: Sequence[str | int] | Callable[[PyTree], int] | None = None,
         has_model_state: bool = False,
         per_example: bool = False,
         allow_low_precision: bool = False,
@@ -81,7 +95,11 @@ class Training:
             batches: as in `Training`.
             microbatches: m >= 1; the loss is called on m equal slices of the batch and results averaged (losses,
                 gradients, floating model state). The numbers are those of m = 1 wherever the loss is a mean over
-                examples; the memory is that of a slice. Leaves of the batch without an axis go whole to every slice.
+                examples; the memory is that of a slice. Leaves of the batch that hold no examples (class weights, a step's
+                key) go whole to every slice: the same key to each.
+            examples: which leaves of a batch hold examples along their first axis: names of its entries
+                (`("x", "y")`), or `batch -> n` for all that are n long. None: those as long as `batch["index"]`; without
+                one, all with an axis, which must be of one length. Read where micro-batches are cut.
             has_model_state: the loss carries batch-norm statistics, keys or counters.
             per_example: the loss returns one loss an example.
             allow_low_precision: as in `Training`.
@@ -92,17 +110,18 @@ class Training:
         """
         if microbatches < 1:
             raise StructureError(f"microbatches must be at least 1, got {microbatches}")
-        step = LossStep(loss, optimizer, microbatches, has_model_state, per_example)
+        check_optimizer(optimizer)
+        step = LossStep(loss, optimizer, microbatches, has_model_state, per_example, checked(examples))
 
         def start(z: PyTree) -> TrainState:
             given = init(z) if is_function(init) else init
             params, model_state = given if has_model_state else (given, None)
             first = None
-            if not isinstance(optimizer, optax.GradientTransformation):
+            if not is_optimizer(optimizer):
                 first = slices(wrapped(z), jnp.zeros((), jnp.int32), batches[0]["index"] if needs_index(z) else None)
             return step.initial(strong(params), strong(model_state), first)
 
-        fixed = not is_function(init) and isinstance(optimizer, optax.GradientTransformation)
+        fixed = not is_function(init) and is_optimizer(optimizer)
         return cls(start(None) if fixed else start, step, batches, allow_low_precision=allow_low_precision)
 
     @property

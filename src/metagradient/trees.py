@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from metagradient._jax import is_weak
+
 PyTree: TypeAlias = Any
 
 
@@ -53,7 +55,7 @@ def strong(tree: PyTree) -> PyTree:
 
     def convert(x: Any) -> jax.Array:
         x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-        return x if is_key(x) or not x.aval.weak_type else lax.convert_element_type(x, x.dtype)
+        return x if is_key(x) or not is_weak(x) else lax.convert_element_type(x, x.dtype)
 
     return jax.tree.map(convert, tree)
 

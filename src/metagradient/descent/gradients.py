@@ -1,6 +1,6 @@
 """The metagradient of a meta-step: of one training, or averaged over several seeds."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient.counts import CountSurrogate
 from metagradient.descent.seeds import inner_seed
 from metagradient.descent.updates import unit_rms
 from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metagrad import Evaluation, Stats, value_and_metagrad
-from metagradient.replay.plan import Plan
 from metagradient.step.segment import Segment
-from metagradient.surrogate import CountSurrogate
 from metagradient.training import Training
 from metagradient.trees import PyTree, add
 
@@ -72,6 +71,8 @@ class Gradients:
         training, objective, held_out, seed, seeds: as in `descend`.
         segment: as the user gave it.
         options: of `value_and_metagrad`, the segment apart.
+
+    It holds the last run that it differentiated, and so the programs that the next one, of another seed, shares.
     """
 
     training: Differentiable | Callable[[int], Differentiable]
@@ -82,6 +83,9 @@ class Gradients:
     segment: Segment | int | None
     options: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        self._last: Any = None
+
     def at(self, step: int, z: PyTree, segment: Segment | None) -> Measured:
         """The metagradient of a meta-step.
 
@@ -91,26 +95,26 @@ class Gradients:
         seeds: list[SeedRecord] = []
         stats: list[Stats] = []
         runs: list[float] = []
-
-        def grads() -> Iterator[PyTree]:
-            for number in range(self.seeds):
-                run, drawn = self._training(step, number)
-                wished = stats[-1].segment if stats else segment or self.segment
-                found, took = self._evaluated(run, z, wished)
-                self._keep_plan(found.stats)
-                seeds.append(self._record(drawn, found, z))
-                stats.append(found.stats)
-                runs.append(took)
-                yield found.grad
-
-        grad, agreement = average(grads()) if self.seeds > 1 else (next(grads()), None)
+        mean = Mean()
+        for number in range(self.seeds):
+            run, drawn = self._training(step, number)
+            found, took = self._evaluated(run, z, stats[-1].segment if stats else segment or self.segment)
+            seeds.append(self._record(drawn, found, z))
+            stats.append(found.stats)
+            runs.append(took)
+            mean.add(found.grad)
+        grad, agreement = mean.found
         return Measured(grad, agreement, tuple(seeds), _together(stats), sum(runs))
 
     def _evaluated(self, run: Differentiable, z: PyTree, segment: Segment | int | None) -> tuple[Evaluation, float]:
         """A metagradient, and what it took in plain training runs."""
         if isinstance(run, CountSurrogate):
-            return run.evaluate(self.objective, z, segment=segment, **self.options)
-        found = value_and_metagrad(run, self.objective, segment=segment, **self.options).evaluate(z)
+            found = run.evaluate(self.objective, z, segment=segment, **self.options)
+            self._last = run
+            return found
+        metagradient = value_and_metagrad(run, self.objective, segment=segment, **self.options)
+        found = metagradient.evaluate(z)
+        self._last = metagradient
         return found, found.stats.in_steps / len(run.batches)
 
     def _training(self, step: int, number: int) -> tuple[Differentiable, int | None]:
@@ -133,29 +137,43 @@ class Gradients:
             held_out = float(other)
         return SeedRecord(seed, float(found.value), held_out, float(optax.tree.norm(found.grad)))
 
-    def _keep_plan(self, stats: Stats) -> None:
-        """A plan is measured once, not again in every meta-step."""
-        if isinstance(stats.schedule, Plan):
-            self.options = {**self.options, "memory": None, "schedule": stats.schedule}
 
-
-def average(grads: Iterable[PyTree]) -> tuple[PyTree, float | None]:
+class Mean:
     r"""Mean of metagradients, every leaf of each at unit root mean square; leaves of zeros don't count.
 
-    Returns: the mean; and the mean cosine between two of them, averaged over the leaves that are not zero in at least
-    two, or None without such a leaf. A leaf's $n$ unit vectors $u_i$ have it of their sum alone:
-
-    $$\frac{1}{n(n-1)}\sum_{i \ne j} u_i \cdot u_j = \frac{\|\sum_i u_i\|^2 - n}{n(n-1)}$$
+    Of one alone, it is that one as it is.
     """
-    total, count = None, None
-    for grad in grads:
+
+    def __init__(self) -> None:
+        self._first: PyTree = None
+        self._count = 0
+        self._total: PyTree = None
+        self._seen: PyTree = None
+
+    def add(self, grad: PyTree) -> None:
+        """One more."""
+        self._first, self._count = grad if self._count == 0 else None, self._count + 1
         unit = jax.tree.map(unit_rms, grad)
         seen = jax.tree.map(lambda g: jnp.any(g != 0).astype(g.dtype), grad)
-        total, count = (unit, seen) if total is None else (add(total, unit), add(count, seen))
-    leaves = zip(jax.tree.leaves(total), jax.tree.leaves(count), strict=True)
-    cosines = [(float(jnp.mean(t**2)) - n) / (n * (n - 1)) for t, n in ((t, int(n)) for t, n in leaves) if n > 1]
-    mean = jax.tree.map(lambda t, n: t / jnp.maximum(n, 1), total, count)
-    return mean, float(np.mean(cosines)) if cosines else None
+        first = self._total is None
+        self._total = unit if first else add(self._total, unit)
+        self._seen = seen if first else add(self._seen, seen)
+
+    @property
+    def found(self) -> tuple[PyTree, float | None]:
+        r"""The mean, and the mean cosine between two of them.
+
+        That is averaged over the leaves that are not zero in at least two; None without such a leaf. A leaf's $n$ unit
+        vectors $u_i$ have it of their sum alone:
+
+        $$\frac{1}{n(n-1)}\sum_{i \ne j} u_i \cdot u_j = \frac{\|\sum_i u_i\|^2 - n}{n(n-1)}$$
+        """
+        if self._count == 1:
+            return self._first, None
+        leaves = zip(jax.tree.leaves(self._total), jax.tree.leaves(self._seen), strict=True)
+        cosines = [(float(jnp.mean(t**2)) - n) / (n * (n - 1)) for t, n in ((t, int(n)) for t, n in leaves) if n > 1]
+        mean = jax.tree.map(lambda t, n: t / jnp.maximum(n, 1), self._total, self._seen)
+        return mean, float(np.mean(cosines)) if cosines else None
 
 
 def _together(stats: Sequence[Stats]) -> Stats:

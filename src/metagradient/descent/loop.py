@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metagradient._jax import digest, trace
+from metagradient.counts import CountSurrogate
 from metagradient.descent.board import Board
 from metagradient.descent.gradients import Differentiable, Gradients, Measured, SeedRecord
 from metagradient.descent.journal import Best, Journal, Position, checksum, described
@@ -17,8 +19,6 @@ from metagradient.errors import ConfigError, NonFiniteError, StructureError
 from metagradient.metagrad import Stats
 from metagradient.metaparameters import canonical
 from metagradient.step.segment import Segment
-from metagradient.step.trace import digest, trace
-from metagradient.surrogate import CountSurrogate
 from metagradient.training import Training
 from metagradient.trees import PyTree, mismatch, paths, strong
 

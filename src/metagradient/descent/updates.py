@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 from optax import projections
 
+from metagradient._jax import Tracer
 from metagradient.errors import ConfigError, StructureError
 from metagradient.metaparameters import PerExample, PerStep, is_kind
 from metagradient.trees import PyTree, paths

@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from metagradient._train import train_many
 from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metagrad import value_and_metagrad
 from metagradient.metaparameters import canonical
 from metagradient.objectives import check_objective
-from metagradient.run import full_precision, train_many
+from metagradient.run import full_precision
 from metagradient.smoothness.directions import random_directions
 from metagradient.smoothness.measures import bootstrap, noise_scores, second_difference, sign_agreement
 from metagradient.training import Training, TrainState

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import numpy as np
 
+from metagradient._train import train_many
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
 from metagradient.files import append_text, write_text
-from metagradient.run import train_many
 from metagradient.smoothness.probe import metasmoothness
 from metagradient.training import Training
 from metagradient.trees import PyTree

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from metagradient.metaparameters import needs_index, slices
 from metagradient.step.feed import Feed
-from metagradient.step.rule import Rule
-from metagradient.step.segment import Runner, Segment
-from metagradient.trees import PyTree, floating, zeros
+from metagradient.step.programs import Programs
+from metagradient.step.runner import Runner
+from metagradient.step.segment import Segment
+from metagradient.trees import PyTree, floating
 
 _REPEATS = 3
 # A compiled loop can save the dispatch of its steps. It is tried where that is a share of a step worth having, and
@@ -31,41 +32,48 @@ def default_length(steps: int) -> int:
     return min((n for n in near if steps % n == 0), key=lambda n: abs(n - target), default=target)
 
 
-def choose(rule: Rule, segment: Segment | int | None, feed: Feed, z: PyTree, state: PyTree, begin: int) -> Segment:
+def choose(programs: Programs, length: int | None, feed: Feed, z: PyTree, state: PyTree) -> Segment:
     """The fastest way to compile steps.
 
     Arguments:
-        segment: a `Segment` is taken as it is; an int fixes the length; None leaves that to be measured too.
-        begin: first differentiated step.
+        length: of a segment; None leaves that to be measured too.
 
     Cost: a few steps and their adjoints, and one or two compilations a form; nothing where there is no choice.
     """
-    if isinstance(segment, Segment):
-        return segment
 
     def seconds(segment: Segment) -> float:
-        return _seconds(Runner(rule, segment, feed, z), state)
+        return _seconds(Runner(programs, segment, feed, z), state)
 
-    index = feed.first["index"] if needs_index(z) else None
-    keep, ways = rule.choices(state, feed.first, slices(z, jnp.int32(0), index))
-    single = [Segment(1, "steps", keep, unroll) for unroll in ways]
-    one = single[0] if len(ways) == 1 else min(single, key=seconds)
+    choices = programs.rule.choices(*first_step(feed, z, state))
+    single = [Segment(1, "steps", choices.keep, unroll) for unroll in choices.unrolls]
+    one = single[0] if len(single) == 1 else min(single, key=seconds)
     unroll = one.unroll_microbatches
-    steps = len(feed) - begin
-    length = segment or default_length(steps)
-    stepping = replace(one, length=segment or 1)
-    if length == 1:
+    steps = len(feed)
+    tried = length or default_length(steps)
+    stepping = replace(one, length=length or 1)
+    if tried == 1:
         return stepping
     dispatch = _PROGRAMS_A_STEP * _dispatch_seconds(feed, z, state)
+    if length is None and dispatch * steps < _SECONDS_A_METAGRADIENT:
+        return stepping
     baseline = seconds(one)
-    if dispatch < _DISPATCH_SHARE * baseline or (segment is None and dispatch * steps < _SECONDS_A_METAGRADIENT):
+    if dispatch < _DISPATCH_SHARE * baseline:
         return stepping
     # A loop that is far slower shows it in two steps, before a whole segment is spent on it.
-    scan = Segment(length, "scan", unroll_microbatches=unroll)
+    scan = Segment(tried, "scan", unroll_microbatches=unroll)
     if seconds(replace(scan, length=2)) < _TOO_SLOW * baseline and seconds(scan) < baseline:
         return scan
-    written_out = Segment(segment or min(_UNROLLED, steps), "unroll", unroll_microbatches=unroll)
+    written_out = Segment(length or min(_UNROLLED, steps), "unroll", unroll_microbatches=unroll)
     return written_out if seconds(written_out) < baseline else stepping
+
+
+def first_step(feed: Feed, z: PyTree, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+    """Shapes of what the first step takes: state, batch and its slice of z."""
+
+    def seen(state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        return state, batch, slices(z, jnp.int32(0), batch["index"] if needs_index(z) else None)
+
+    return jax.eval_shape(seen, state, feed.first, z)
 
 
 def _seconds(runner: Runner, state: PyTree) -> float:
@@ -73,7 +81,7 @@ def _seconds(runner: Runner, state: PyTree) -> float:
 
     def once() -> None:
         kept, end = runner.keep(0, state)
-        cotangent, total = floating(state)[0], zeros(runner.z)
+        cotangent, total = floating(state)[0], runner.programs.zeros(runner.z)
         jax.block_until_ready((runner.pull(0, kept, cotangent, total), end()))
 
     once()

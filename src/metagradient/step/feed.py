@@ -9,18 +9,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.errors import BatchError
-from metagradient.metaparameters import index_bound, needs_index
-from metagradient.trees import PyTree, is_key, mismatch
+from metagradient.step.programs import signature
+from metagradient.trees import PyTree, is_key, mismatch, paths
+
+_REMEDY = "take list(...) of it where it fits in memory, else a grain.MapDataset or a class with both methods"
+
+
+def check_source(batches: Any) -> None:
+    """Raise `BatchError` unless `batches` is a random-access sequence: `len(batches)` steps, `batches[t]` at step t."""
+    if batches is None or isinstance(batches, (str, bytes)):
+        raise BatchError(f"batches is {batches!r}: give a sequence of pytrees of arrays, one for each step")
+    if isinstance(batches, dict):
+        raise BatchError(
+            "batches is a dictionary: give a sequence of dictionaries, one for each step. Of stacked arrays make one by "
+            "[{name: x[t] for name, x in stacked.items()} for t in range(steps)]"
+        )
+    if hasattr(batches, "shape"):
+        raise BatchError("batches is an array: give a sequence of pytrees of arrays, [{'x': x} for x in array]")
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(type(batches), name)]
+    if missing:
+        raise BatchError(
+            f"batches is a {type(batches).__name__} without {' and '.join(missing)}, but replays read it again in any "
+            f"order: {_REMEDY}"
+        )
+
+
+def array(x: Any) -> Any:
+    """A leaf of a batch as the array that it is, or that numpy makes of it."""
+    return x if hasattr(x, "dtype") else np.asarray(x)
+
+
+def check_leaves(name: str, batch: PyTree) -> None:
+    """Raise `BatchError` for a batch with a leaf that a compiled program can't take."""
+    if batch is None:
+        raise BatchError(f"{name} is None: give a pytree of arrays, {{}} for a step that reads none")
+    for path, leaf in paths(batch):
+        if not is_key(leaf) and leaf.dtype.kind in "OUSMmV" and not jnp.issubdtype(leaf.dtype, jnp.number):
+            raise BatchError(
+                f"{name}{path} is {leaf.dtype}: a batch holds numbers. Encode strings, dates and objects as numbers, "
+                "and pad what is ragged"
+            )
 
 
 def _copy(x: Any) -> Any:
     # A source may hand out one buffer again and again; a copy is what this step saw.
     return x if isinstance(x, jax.Array) else np.array(x)
-
-
-def _signature(batch: PyTree) -> tuple:
-    leaves, treedef = jax.tree.flatten(batch)
-    return treedef, *((x.shape, x.dtype) for x in leaves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +62,13 @@ class Feed:
 
     Arguments:
         batches: random-access sequence of pytrees of arrays.
-        z: wrapped metaparameters, which say whether batches need an index, and below which bound.
+        indexed: whether each needs an `"index"`, as z has `PerExample` leaves.
+        bound: what ids lie below, or None.
     """
 
     batches: Any
-    z: PyTree
+    indexed: bool = False
+    bound: int | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -41,16 +76,15 @@ class Feed:
     @cached_property
     def first(self) -> PyTree:
         """The first batch, to which all others are held."""
-        return jax.tree.map(_copy, self._read(0))
+        first = jax.tree.map(_copy, self._read(0))
+        check_leaves("batches[0]", first)
+        if self.indexed:
+            self._check_lengths(first)
+        return first
 
     @cached_property
     def _signature(self) -> tuple:
-        return _signature(self.first)
-
-    @cached_property
-    def bound(self) -> int | None:
-        """Number of examples that z covers, or None."""
-        return index_bound(self.z)
+        return signature(self.first)
 
     def check(self, *, whole: bool) -> None:
         """Raise `BatchError` for an empty, uneven or changing source, or a bad index, before compute is spent.
@@ -90,18 +124,18 @@ class Feed:
 
     def _checked(self, t: int) -> PyTree:
         batch = self._read(t)
-        if _signature(batch) != self._signature:
+        if signature(batch) != self._signature:
             raise BatchError(
                 f"batches[{t}] is not like batches[0]: {mismatch(self.first, batch)}. "
                 "All batches need the same shapes: drop or pad the last"
             )
-        if needs_index(self.z):
+        if self.indexed:
             self._check_index(t, batch["index"])
         return batch
 
     def _read(self, t: int) -> PyTree:
-        batch = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x), self.batches[t])
-        if needs_index(self.z) and not (isinstance(batch, dict) and "index" in batch):
+        batch = jax.tree.map(array, self.batches[t])
+        if self.indexed and not (isinstance(batch, dict) and "index" in batch):
             raise BatchError(
                 f'z has PerExample leaves, but batches[{t}] has no "index": add the ids of its examples as int[batch]'
             )
@@ -117,3 +151,16 @@ class Feed:
                 f'batches[{t}]["index"] holds {low if low < 0 else high}, outside [0, {self.bound}) of the PerExample '
                 "leaves of z"
             )
+
+    @staticmethod
+    def _check_lengths(batch: PyTree) -> None:
+        index, lengths = batch["index"], [x.shape[0] for name, x in batch.items() if name != "index" and _has_axis(x)]
+        if _has_axis(index) and len(lengths) > 1 and set(lengths) == {max(lengths)} and index.shape[0] < lengths[0]:
+            raise BatchError(
+                f'batches[0]["index"] has {index.shape[0]} ids, but the batch holds {lengths[0]} examples: every example '
+                "needs its id"
+            )
+
+
+def _has_axis(x: Any) -> bool:
+    return getattr(x, "ndim", 0) > 0

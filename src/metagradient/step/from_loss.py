@@ -9,11 +9,21 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from metagradient.errors import StructureError
+from metagradient._jax import reaching, trace
+from metagradient.errors import DerivativeError, StructureError
+from metagradient.examples import Examples, holds_examples
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
-from metagradient.step.adjoint import Loss, PullBack, gradient_pull_back, linearised_gradient
-from metagradient.step.rule import Cotangent, Keep, Rule
-from metagradient.step.trace import has_loops, trace
+from metagradient.step.adjoint import (
+    Loss,
+    PullBack,
+    asymmetry,
+    gradient_pull_back,
+    linearised_gradient,
+    reversed_gradient,
+)
+from metagradient.step.optimizer import first_state, optimizer_of, updated
+from metagradient.step.rule import Adjoint, Choices, Cotangent, Keep, Rule
+from metagradient.step.rules import Held
 from metagradient.trees import PyTree, add, floating, is_floating, paths
 
 
@@ -45,26 +55,22 @@ class LossStep:
             (micro-batches, scanned layers), whose linearisation would keep all that they bound; then it is computed
             twice.
             "linearisation" leaves the whole linearised gradient (its activations), so that only a tangent is left to
-            do; not for micro-batches.
+            do; not for micro-batches, nor for a loss with derivative rules of its own.
         unroll: write micro-batches one after the other instead of as a loop.
     """
 
     loss: Callable[..., Any]
-    optimizer: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation]
+    optimizer: Any
     microbatches: int = 1
     has_model_state: bool = False
     per_example: bool = False
+    examples: Examples = None
     keep: Keep = "state"
     unroll: bool = False
 
     def __call__(self, state: TrainState, batch: PyTree, z: PyTree) -> TrainState:
         """`(state, batch, z_t) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
         return self.advance(state, batch, wrapped(z))[0]
-
-    @property
-    def linearises(self) -> bool:
-        """Micro-batches bound the memory of a step; linearisations would keep all of it."""
-        return self.microbatches == 1
 
     def initial(self, params: PyTree, model_state: PyTree, z: PyTree) -> TrainState:
         """The state before the first step; `z` is the first step's slice."""
@@ -73,87 +79,165 @@ class LossStep:
                 raise StructureError(
                     f"parameter {path} is {leaf.dtype}; parameters must be floating (put the rest in model_state)"
                 )
-        return TrainState(params, self._optimizer(z).init(params), model_state, jnp.zeros((), jnp.int32))
+        return TrainState(params, first_state(self._optimizer(z), params), model_state, jnp.zeros((), jnp.int32))
 
     def advance(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[TrainState, PyTree]:
         """One optimiser step; leaves behind what `keep` says."""
-        if self.keep == "linearisation":
-            loss, statistics = self._floating_loss(state, batch)
-            gradient, model_state, pull_back = linearised_gradient(loss, state.params, statistics, z)
-            kept = gradient, pull_back
-        else:
-            gradient, model_state = self._gradient(state, batch, z)
-            kept = gradient if self.keep == "gradient" else ()
-        params, opt_state = self._update(state.params, state.opt_state, gradient, z)
-        return TrainState(params, opt_state, model_state, state.step + 1), kept
+        return self._advanced(state, batch, z, None)
 
     def advance_pushed(self, state: TrainState, batch: PyTree, z: PyTree, push: PyTree) -> TrainState:
         """One step whose loss gradient has `push` added to it, a tree like the parameters."""
-        gradient, model_state = self._gradient(state, batch, z)
-        params, opt_state = self._update(state.params, state.opt_state, add(gradient, push), z)
-        return TrainState(params, opt_state, model_state, state.step + 1)
+        return self._advanced(state, batch, z, push)[0]
 
-    def pull_back(
-        self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
-    ) -> tuple[Cotangent, PyTree]:
+    def _advanced(self, state: TrainState, batch: PyTree, z: PyTree, push: PyTree) -> tuple[TrainState, PyTree]:
+        if self.keep == "linearisation":
+            if self._held(state, batch, z).rules:
+                raise StructureError(
+                    "the loss holds a derivative rule of its own, so its gradient can't be kept linearised: keep "
+                    '"state" or "gradient"'
+                )
+            loss, statistics = self._floating_loss(state, batch)
+            read = self._value_read(state, z)
+            gradient, value, model_state, pull_back = linearised_gradient(
+                loss, state.params, statistics, z, value_read=read
+            )
+            kept = gradient, value, pull_back
+        else:
+            gradient, value, model_state = self._gradient(state, batch, z)
+            kept = (gradient, value) if self.keep == "gradient" else ()
+        gradient = gradient if push is None else add(gradient, push)
+        params, opt_state = self._update(state.params, state.opt_state, gradient, value, z)
+        return TrainState(params, opt_state, model_state, state.step + 1), kept
+
+    def pull_back(self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree) -> Adjoint:
         """Two-stage adjoint: through the optimiser, then through the gradient, a micro-batch at a time."""
-        gradient, through_gradient = self._found(state, kept, batch, z)
+        held, value_read = self._held(state, batch, z), self._value_read(state, z)
+        gradient, value, through_gradient = self._found(state, kept, batch, z, held, value_read)
         moments, with_moments = floating(state.opt_state)
-        n, m = len(jax.tree.leaves(state.params)), len(moments)
-        ct_params = jax.tree.unflatten(jax.tree.structure(state.params), cotangent[:n])
-        ct_moments, ct_statistics = cotangent[n : n + m], cotangent[n + m :]
 
-        def update(params: PyTree, moments: tuple, gradient: PyTree, z: PyTree) -> tuple[PyTree, tuple]:
-            params, opt_state = self._update(params, with_moments(moments), gradient, z)
+        def update(
+            params: PyTree, moments: tuple, gradient: PyTree, value: jax.Array, z: PyTree
+        ) -> tuple[PyTree, tuple]:
+            params, opt_state = self._update(params, with_moments(moments), gradient, value, z)
             return params, floating(opt_state)[0]
 
-        _, vjp = jax.vjp(update, state.params, moments, gradient, z)
-        params_1, moments_, u, z_1 = vjp((ct_params, ct_moments))
+        _, vjp = jax.vjp(update, state.params, moments, gradient, value, z)
+        n, m = len(jax.tree.leaves(state.params)), len(moments)
 
-        def one(batch: PyTree, z: PyTree) -> tuple[PyTree, tuple, PyTree]:
-            loss, statistics = self._floating_loss(state, batch)
-            pull_back = through_gradient or gradient_pull_back(loss, state.params, statistics, z)
-            return pull_back(u, ct_statistics)
+        def adjoint(cotangent: Cotangent) -> tuple[Cotangent, PyTree, jax.Array]:
+            ct_params = jax.tree.unflatten(jax.tree.structure(state.params), cotangent[:n])
+            ct_moments, ct_statistics = cotangent[n : n + m], cotangent[n + m :]
+            params_1, moments_, u, w, z_1 = vjp((ct_params, ct_moments))
+            w = w if value_read else None
 
-        params_2, statistics_, z_2 = self._over_microbatches(one, batch, z)
-        total = add(params_1, params_2)
-        return (*jax.tree.leaves(total), *moments_, *statistics_), add(z_1, z_2)
+            def one(batch: PyTree, z: PyTree) -> tuple[tuple[PyTree, tuple, PyTree], jax.Array]:
+                if through_gradient:
+                    return through_gradient(u, ct_statistics, w), jnp.zeros(())
+                loss, statistics = self._floating_loss(state, batch)
+                pull_back, probe = self._through(loss, state, statistics, z, held)
+                return pull_back(u, ct_statistics, w), probe(u)
+
+            (params_2, statistics_, z_2), asymmetric = self._over_microbatches(one, batch, z)
+            total = add(params_1, params_2)
+            return (*jax.tree.leaves(total), *moments_, *statistics_), add(z_1, z_2), asymmetric
+
+        return adjoint
 
     def formed(self, keep: Keep, unroll: bool) -> Rule:
         """The same step in another form; `StructureError` where micro-batches rule it out."""
-        if keep == "linearisation" and not self.linearises:
+        if keep == "linearisation" and self.microbatches > 1:
             raise StructureError("micro-batches bound the memory of a step, and linearisations would keep all of it")
         return replace(self, keep=keep, unroll=unroll)
 
-    def choices(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[Keep, tuple[bool, ...]]:
+    def choices(self, state: TrainState, batch: PyTree, z: PyTree) -> Choices:
         """A gradient is worth keeping where the adjoint would compute a second one."""
+        held = self._held(state, batch, z)
         if self.microbatches > 1:
-            return "gradient", (False, True)
-        return ("gradient" if self._loops(state, batch, z) else "state"), (False,)
+            return Choices("gradient", (False, True), convolves=held.convolves)
+        if held.rules:
+            return Choices(convolves=held.convolves)
+        return Choices("gradient" if held.loops else "state", linearises=True, convolves=held.convolves)
 
-    def _found(self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PullBack | None]:
-        """The step's gradient, and its pull-back where that comes with it."""
+    def _found(
+        self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, held: Held, value_read: bool
+    ) -> tuple[PyTree, jax.Array, PullBack | None]:
+        """The step's gradient and loss, and their pull-back where that comes with them."""
         if self.keep == "linearisation":
             return kept
         if self.keep == "gradient":
-            return kept, None
-        if self.microbatches > 1 or self._loops(state, batch, z):
-            return self._gradient(state, batch, z)[0], None
+            return *kept, None
         loss, statistics = self._floating_loss(state, batch)
-        gradient, _, pull_back = linearised_gradient(loss, state.params, statistics, z)
-        return gradient, pull_back
+        arguments = loss, state.params, statistics, z
+        if self.microbatches == 1 and held.rules and self._reverses(*arguments):
+            gradient, value, _, pull_back = reversed_gradient(*arguments)
+            return gradient, value, pull_back
+        if self.microbatches > 1 or held.rules or held.loops:
+            return *self._gradient(state, batch, z)[:2], None
+        gradient, value, _, pull_back = linearised_gradient(*arguments, value_read=value_read)
+        return gradient, value, pull_back
 
-    def _loops(self, state: TrainState, batch: PyTree, z: PyTree) -> bool:
-        return has_loops(trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)[0])
+    def _through(
+        self, loss: Loss, state: TrainState, statistics: tuple, z: PyTree, held: Held
+    ) -> tuple[PullBack, Callable[[PyTree], jax.Array]]:
+        """The pull-back of a loss gradient, and what finds its asymmetry, where that isn't ruled out."""
+        arguments = loss, state.params, statistics, z
+        if not held.rules:
+            return gradient_pull_back(*arguments), lambda u: jnp.zeros(())
+        if self._reverses(*arguments):
+            return reversed_gradient(*arguments)[-1], lambda u: jnp.zeros(())
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        return gradient_pull_back(*arguments), lambda u: asymmetry(*arguments, u, key)
 
-    def _optimizer(self, z: PyTree) -> optax.GradientTransformation:
-        if isinstance(self.optimizer, optax.GradientTransformation):
-            return self.optimizer
-        return self.optimizer(bare(z))
+    @staticmethod
+    def _reverses(loss: Loss, params: PyTree, statistics: tuple, z: PyTree) -> bool:
+        """Whether the gradient of a loss with rules of its own can be differentiated in reverse.
 
-    def _update(self, params: PyTree, opt_state: PyTree, gradient: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
-        updates, opt_state = self._optimizer(z).update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        Bounded while loops whose own rule replays them can't be, but forwards they can.
+        """
+
+        def both() -> PyTree:
+            gradient, value, _, pull_back = reversed_gradient(loss, params, statistics, z)
+            return pull_back(gradient, statistics, value)
+
+        try:
+            jax.eval_shape(both)
+        except Exception:
+
+            def forwards() -> PyTree:
+                return gradient_pull_back(loss, params, statistics, z)(params, statistics, None)
+
+            try:
+                jax.eval_shape(forwards)
+            except Exception as error:
+                raise DerivativeError(
+                    f"the gradient of the loss can't be differentiated: {error}. A rule of its own in the loss "
+                    "(jax.custom_vjp, jax.custom_jvp) must be differentiable itself"
+                ) from error
+            return False
+        return True
+
+    def _held(self, state: TrainState, batch: PyTree, z: PyTree) -> Held:
+        """What one call of the loss holds."""
+        m = self.microbatches
+        batch, z = (batch, z) if m == 1 else self._parts(batch, z)(0)
+        return Held.of(trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)[0])
+
+    def _value_read(self, state: TrainState, z: PyTree) -> bool:
+        """Whether the optimiser reads the loss itself."""
+
+        def update(value: jax.Array, state: TrainState, z: PyTree) -> PyTree:
+            return self._update(state.params, state.opt_state, state.params, value, z)
+
+        value = jnp.zeros((), jnp.result_type(*jax.tree.leaves(state.params)))
+        return 0 in reaching(trace(update, value, state, z)[0])
+
+    def _optimizer(self, z: PyTree) -> optax.GradientTransformationExtraArgs:
+        return optimizer_of(self.optimizer, bare(z))
+
+    def _update(
+        self, params: PyTree, opt_state: PyTree, gradient: PyTree, value: jax.Array, z: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        return updated(self._optimizer(z), params, opt_state, gradient, value)
 
     def _loss(self, params: PyTree, model_state: PyTree, batch: PyTree, z: PyTree) -> tuple[jax.Array, PyTree]:
         if self.has_model_state:
@@ -177,26 +261,31 @@ class LossStep:
 
         return loss, statistics
 
-    def _gradient(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
-        def one(batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
-            return jax.grad(self._loss, has_aux=True)(state.params, state.model_state, batch, z)
+    def _gradient(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
+        """Gradient, loss and new model state."""
+
+        def one(batch: PyTree, z: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
+            (value, model_state), gradient = jax.value_and_grad(self._loss, has_aux=True)(
+                state.params, state.model_state, batch, z
+            )
+            return gradient, value, model_state
 
         return self._over_microbatches(one, batch, z)
 
     def _over_microbatches(self, one: Callable[[PyTree, PyTree], Any], batch: PyTree, z: PyTree) -> Any:
         """Mean of `one(batch, z)` over equal slices; its `PerExample` leaves are joined instead of added.
 
-        Leaves of the batch without an axis (a step's key or scale) go whole to every slice. What isn't floating in
-        the result (counters, keys) is the same for every slice, and taken from the first.
+        What isn't floating in the result (counters, keys) is the same for every slice, and taken from the first.
         """
         m = self.microbatches
         if m == 1:
             return one(batch, z)
-        shape, treedef = jax.tree.flatten(jax.eval_shape(lambda: one(_part(batch, m, 0), _part(z, m, 0))), _is_example)
+        parts = self._parts(batch, z)
+        shape, treedef = jax.tree.flatten(jax.eval_shape(lambda: one(*parts(0))), _is_example)
         adds = [not _is_example(x) and is_floating(x) for x in shape]
 
         def body(total: list[jax.Array], j: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-            leaves = jax.tree.leaves(one(_part(batch, m, j), _part(z, m, j)), is_leaf=_is_example)
+            leaves = jax.tree.leaves(one(*parts(j)), is_leaf=_is_example)
             summed = [x for x, a in zip(leaves, adds, strict=True) if a]
             rest = [x.value if _is_example(x) else x for x, a in zip(leaves, adds, strict=True) if not a]
             return [t + x for t, x in zip(total, summed, strict=True)], rest
@@ -210,6 +299,24 @@ class LossStep:
         ]
         return jax.tree.unflatten(treedef, joined)
 
+    def _parts(self, batch: PyTree, z: PyTree) -> Callable[[Any], tuple[PyTree, PyTree]]:
+        """Micro-batch j, and what it sees of z: leaves that hold examples are cut, all others go whole to each."""
+        m = self.microbatches
+        n, holds = holds_examples(batch, self.examples)
+        if n % m:
+            raise StructureError(f"a batch of {n} examples can't be cut into {m} equal micro-batches")
+        leaves, treedef = jax.tree.flatten(batch)
+
+        def part(x: jax.Array, j: Any) -> jax.Array:
+            return lax.dynamic_index_in_dim(jnp.reshape(x, (m, n // m, *x.shape[1:])), j, keepdims=False)
+
+        def cut(j: Any) -> tuple[PyTree, PyTree]:
+            parts = [part(x, j) if held else x for x, held in zip(leaves, holds, strict=True)]
+            seen = jax.tree.map(lambda k: PerExample(part(k.value, j)) if _is_example(k) else k, z, is_leaf=is_kind)
+            return jax.tree.unflatten(treedef, parts), seen
+
+        return cut
+
 
 def _is_example(x: Any) -> bool:
     return isinstance(x, PerExample)
@@ -217,18 +324,3 @@ def _is_example(x: Any) -> bool:
 
 def _join(x: jax.Array) -> jax.Array:
     return x.reshape(-1, *x.shape[2:])
-
-
-def _part(tree: PyTree, m: int, j: Any) -> PyTree:
-    """Slice `j` of `m` of a batch, or of a wrapped slice of z (of which only `PerExample` leaves are cut)."""
-
-    def part(x: Any) -> Any:
-        if _is_example(x):
-            return PerExample(part(x.value))
-        if is_kind(x) or x.ndim == 0:
-            return x
-        if x.shape[0] % m:
-            raise StructureError(f"a batch leaf of {x.shape[0]} examples can't be cut into {m} equal micro-batches")
-        return lax.dynamic_index_in_dim(x.reshape(m, x.shape[0] // m, *x.shape[1:]), j, keepdims=False)
-
-    return jax.tree.map(part, tree, is_leaf=is_kind)

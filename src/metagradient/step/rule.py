@@ -5,19 +5,41 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
+from metagradient._jax import convolves, trace
 from metagradient.metaparameters import bare
 from metagradient.trees import PyTree, floating
 
 Cotangent: TypeAlias = tuple[jax.Array, ...]
 """Cotangents of a state: one array for each of its floating leaves, in order."""
 
+Adjoint: TypeAlias = Callable[[Cotangent], tuple[Cotangent, PyTree, jax.Array]]
+"""From a cotangent of the next state: those of the state and of z_t, and the asymmetry that a probe found (else 0)."""
+
 Keep: TypeAlias = Literal["state", "gradient", "linearisation"]
 """What a step leaves to its adjoint: its state alone, its loss gradient too, or that gradient's linearisation too."""
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What may be chosen in compiling a step.
+
+    Arguments:
+        keep: what a single step should leave to its adjoint.
+        unrolls: which ways to treat micro-batches are worth measuring.
+        linearises: whether a step can keep its linearisation.
+        convolves: whether it holds a convolution, which a compiled loop slows down on CPUs.
+    """
+
+    keep: Keep = "state"
+    unrolls: tuple[bool, ...] = (False,)
+    linearises: bool = False
+    convolves: bool = False
+
+
 class Rule(Protocol):
-    """A step and its adjoint. Hashable: equal rules share compiled programs.
+    """A step and its adjoint. Equal rules share compiled programs, where they can be hashed.
 
     `z` is a wrapped slice (`metaparameters.slices`). `kept` is what `advance` leaves for `pull_back` beside the state.
     """
@@ -27,27 +49,20 @@ class Rule(Protocol):
         """What `advance` leaves for `pull_back`."""
         ...
 
-    @property
-    def linearises(self) -> bool:
-        """Whether a step can keep its linearisation."""
-        ...
-
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """`(state, batch, z_t) -> (next state, kept)`."""
         ...
 
-    def pull_back(
-        self, state: PyTree, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
-    ) -> tuple[Cotangent, PyTree]:
-        """Cotangents of (state, z_t) from that of the next state."""
+    def pull_back(self, state: PyTree, kept: PyTree, batch: PyTree, z: PyTree) -> Adjoint:
+        """The adjoint of one step. What doesn't depend on the cotangent is computed here, once for many of them."""
         ...
 
     def formed(self, keep: Keep, unroll: bool) -> "Rule":
         """The same step, leaving `keep` to its adjoint, with its micro-batches unrolled or looped over."""
         ...
 
-    def choices(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[Keep, tuple[bool, ...]]:
-        """What a single step should keep, and which ways to treat micro-batches are worth measuring."""
+    def choices(self, state: PyTree, batch: PyTree, z: PyTree) -> Choices:
+        """What may be chosen for this step: one trace of it."""
         ...
 
 
@@ -65,30 +80,22 @@ class WrittenStep:
         """Nothing but the state."""
         return "state"
 
-    @property
-    def linearises(self) -> bool:
-        """Its adjoint takes the step anew."""
-        return False
-
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """One step; nothing is kept beside the state."""
         return self.step(state, batch, bare(z)), ()
 
-    def pull_back(
-        self, state: PyTree, kept: PyTree, batch: PyTree, z: PyTree, cotangent: Cotangent
-    ) -> tuple[Cotangent, PyTree]:
+    def pull_back(self, state: PyTree, kept: PyTree, batch: PyTree, z: PyTree) -> Adjoint:
         """Vector-Jacobian product of the whole step."""
         del kept
         values, rebuild = floating(state)
         _, vjp = jax.vjp(lambda x, z: floating(self.step(rebuild(x), batch, bare(z)))[0], values, z)
-        return vjp(cotangent)
+        return lambda cotangent: (*vjp(cotangent), jnp.zeros(()))
 
     def formed(self, keep: Keep, unroll: bool) -> Rule:
         """There is one form."""
         del keep, unroll
         return self
 
-    def choices(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[Keep, tuple[bool, ...]]:
+    def choices(self, state: PyTree, batch: PyTree, z: PyTree) -> Choices:
         """There is one form."""
-        del state, batch, z
-        return "state", (False,)
+        return Choices(convolves=convolves(trace(self.advance, state, batch, z)[0]))

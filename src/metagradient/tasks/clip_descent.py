@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient.counts import CountSurrogate
 from metagradient.descent import updates
 from metagradient.descent.loop import Descent, descend
 from metagradient.files import replace_file
 from metagradient.metaparameters import PerExample
-from metagradient.surrogate import CountSurrogate
 from metagradient.tasks.clip_rater import cosine_name, feature_names, features, rated
 from metagradient.tasks.clip_setup import ClipSelection, Prepared, at
 from metagradient.tasks.clip_trials import Arm, Trials

@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from metagradient._train import train
 from metagradient.data.image_text import Pool
 from metagradient.descent.journal import whole_lines
 from metagradient.errors import DataError
 from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
-from metagradient.run import train
 from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.means import standard_error

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._train import train
+from metagradient.counts import CountSurrogate
 from metagradient.descent import updates
 from metagradient.descent.journal import whole_lines
 from metagradient.descent.loop import descend
 from metagradient.descent.seeds import fresh_seed
 from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
-from metagradient.run import train
 from metagradient.step.segment import Segment
-from metagradient.surrogate import CountSurrogate
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from metagradient._train import train
 from metagradient.data.instructions import write as write_instructions
 from metagradient.descent.journal import whole_lines
 from metagradient.descent.seeds import fresh_seed
 from metagradient.files import append_text, write_text
 from metagradient.report.page import write
-from metagradient.run import train
 from metagradient.tasks import less
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.finetuning import Tuner

@@ -13,6 +13,7 @@ import optax
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from metagradient._train import train
 from metagradient.data.batches import EpochBatches
 from metagradient.data.images import Images, load_cifar10, load_digits
 from metagradient.descent import updates
@@ -24,7 +25,6 @@ from metagradient.metaparameters import PerExample
 from metagradient.models import MLP, ResNet9
 from metagradient.report.figures import least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, write
-from metagradient.run import train
 from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow

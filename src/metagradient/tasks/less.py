@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._train import train
 from metagradient.data.chat import Buckets, Encoded
-from metagradient.run import train
 from metagradient.tasks.finetuning import MULTIPLE, Tuner
 from metagradient.training import TrainState
 from metagradient.trees import PyTree

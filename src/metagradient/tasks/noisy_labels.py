@@ -13,6 +13,7 @@ import optax
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from metagradient._train import train
 from metagradient.data.images import Images, load_cifar10
 from metagradient.descent import updates
 from metagradient.descent.loop import Descent, descend
@@ -21,7 +22,6 @@ from metagradient.errors import ConfigError
 from metagradient.files import write_text
 from metagradient.metaparameters import PerExample
 from metagradient.report.page import write
-from metagradient.run import train
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow

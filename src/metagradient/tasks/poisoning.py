@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from metagradient._train import train
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
 from metagradient.descent.loop import descend
@@ -22,7 +23,6 @@ from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError, DataError
 from metagradient.metaparameters import PerExample
 from metagradient.report.page import write
-from metagradient.run import train
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._train import train
 from metagradient.data.batches import EpochBatches
 from metagradient.data.vocabulary import TOKENIZER, trained
 from metagradient.errors import ConfigError, DataError
 from metagradient.files import replace_file
 from metagradient.models import Decoder, checkpoints
-from metagradient.run import train
 from metagradient.tasks.classifier import one_cycle
 from metagradient.training import Training
 from metagradient.trees import PyTree

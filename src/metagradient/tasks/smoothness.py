@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from metagradient._train import train_many
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.descent import updates
 from metagradient.descent.journal import RECORDS
@@ -23,7 +24,6 @@ from metagradient.files import write_text
 from metagradient.metagrad import value_and_metagrad
 from metagradient.metaparameters import PerExample, PerStep
 from metagradient.report.page import Page, write
-from metagradient.run import train_many
 from metagradient.smoothness.directions import random_directions
 from metagradient.smoothness.sweep import Candidate, Knobs, Outcome, Sweep, jointly, one_at_a_time, read_sweep, sweep
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe, one_cycle

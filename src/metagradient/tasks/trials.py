@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from metagradient._train import fastest_company, train_many
 from metagradient.data.images import Images
 from metagradient.descent.journal import whole_lines
 from metagradient.files import append_text
 from metagradient.metaparameters import PerStep
 from metagradient.progress import Progress
-from metagradient.run import fastest_company, train_many
 from metagradient.tasks.classifier import Classifier
 from metagradient.tasks.directory import RunDirectory
 from metagradient.training import Training

@@ -1,8 +1,8 @@
 """`CountSurrogate`: the gradient of a training run in how often each candidate example is trained on."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._jax import compiled, own_rules, trace
+from metagradient._train import train
 from metagradient.errors import BatchError, ConfigError, NonFiniteError, StructureError
 from metagradient.metagrad import Evaluation, value_and_metagrad
 from metagradient.metaparameters import PerExample, canonical, is_kind
-from metagradient.run import full_precision, train
+from metagradient.run import full_precision
 from metagradient.step.feed import Feed
 from metagradient.step.from_loss import LossStep, TrainState
+from metagradient.step.optimizer import is_optimizer
+from metagradient.step.programs import shared
 from metagradient.step.segment import Segment
 from metagradient.training import Batches, Training
 from metagradient.trees import PyTree, zeros
@@ -54,6 +58,10 @@ class CountSurrogate:
     candidates: Iterable[PyTree]
     losses: Callable[[PyTree, PyTree, PyTree], jax.Array]
     at: int
+    programs: "_Slopes" = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "programs", shared(_Slopes, self.losses))
 
     def evaluate(
         self,
@@ -90,11 +98,13 @@ class CountSurrogate:
             raise ConfigError(f"at must be from 0 to {steps - 2}, so that a step follows it, got {self.at}")
         state = self._head(training, rule, segment)
         batch = Feed(batches, {})[self.at]
+        pushed = shared(_Pushed, rule)
         tail = Training(
-            lambda z: _pushed(rule, state, batch, z["push"]), rule, _Part(batches, self.at + 1, steps),
+            lambda z: pushed.advance(state, batch, z["push"]), rule, _Part(batches, self.at + 1, steps),
             allow_low_precision=training.allow_low_precision,
         )  # fmt: skip
         metagradient = value_and_metagrad(tail, objective, segment=segment, **options)
+        self.programs.beside = pushed, tail.programs, metagradient.programs
         found = metagradient.evaluate({"push": zeros(state.params)})
         with full_precision(training.allow_low_precision):
             grad, passes = self._slopes(state, found.grad["push"], len(counts.value))
@@ -119,7 +129,7 @@ class CountSurrogate:
         before: tuple[np.ndarray, Any] = np.zeros(0, int), np.zeros(0)
         for number, batch in enumerate(self.candidates):
             index = _index(number, batch, n)
-            slopes = _slopes(self.losses, state.params, state.model_state, batch, direction)
+            slopes = self.programs.slopes(state.params, state.model_state, batch, direction)
             if slopes.shape != index.shape:
                 raise StructureError(
                     f"losses returned shape {list(slopes.shape)} for {len(index)} candidates, expected one loss each"
@@ -231,7 +241,7 @@ def _blind(rule: Any) -> LossStep:
     if not isinstance(rule, LossStep):
         raise StructureError("a gradient in counts needs a training from Training.from_loss: a step that holds a loss")
     optimizer = rule.optimizer
-    if not isinstance(optimizer, optax.GradientTransformation):
+    if not is_optimizer(optimizer):
         optimizer = _Blind(optimizer)
     return replace(rule, loss=_Blind(rule.loss), optimizer=optimizer)
 
@@ -257,23 +267,52 @@ def _index(number: int, batch: PyTree, n: int) -> np.ndarray:
     return index
 
 
-@partial(jax.jit, static_argnames="rule")
-def _pushed(rule: LossStep, state: TrainState, batch: PyTree, push: PyTree) -> TrainState:
-    return rule.advance_pushed(state, batch, {}, push)
+class _Pushed:
+    """The step whose gradient is pushed, compiled."""
+
+    def __init__(self, rule: LossStep):
+        self.advance = compiled(lambda state, batch, push: rule.advance_pushed(state, batch, {}, push))
 
 
-@partial(jax.jit, static_argnames="losses")
-def _slopes(
-    losses: Callable[[PyTree, PyTree, PyTree], jax.Array],
-    params: PyTree,
-    model_state: PyTree,
-    batch: PyTree,
-    direction: PyTree,
-) -> jax.Array:
-    # Losses with rules of their own (`jax.custom_vjp`) refuse a tangent, but what reverse mode gives for their values
-    # takes one. Nothing calls the pull-back, and the compiler drops it.
-    def found(params: PyTree) -> jax.Array:
-        values, _ = jax.vjp(lambda p: losses(p, model_state, batch), params)
-        return values
+class _Slopes:
+    """Derivatives of candidates' losses in a direction, compiled.
 
-    return jax.jvp(found, (params,), (direction,))[1]
+    Arguments:
+        losses: as in `CountSurrogate`.
+
+    Attributes:
+        beside: other programs of the same surrogate, held here so that the next one of equal parts finds them.
+    """
+
+    def __init__(self, losses: Callable[[PyTree, PyTree, PyTree], jax.Array]):
+        self.losses = losses
+        self.beside: tuple[Any, ...] = ()
+
+    @cached_property
+    def slopes(self) -> Callable[..., jax.Array]:
+        """`(params, model_state, batch, direction) -> [b]`."""
+        losses = self.losses
+
+        def slopes(params: PyTree, model_state: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
+            def of(params: PyTree) -> jax.Array:
+                return losses(params, model_state, batch)
+
+            if own_rules(trace(of, params)[0]):
+                # What a rule makes of the gradient counts, and not how the value changes: by the definition, in
+                # reverse. <gradient of w . losses, direction> is linear in w.
+                def along(w: jax.Array) -> jax.Array:
+                    gradient = jax.grad(lambda p: jnp.vdot(w, of(p)))(params)
+                    pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+                    return sum((jnp.vdot(g, d) for g, d in pairs), jnp.zeros((), w.dtype))
+
+                shape = jax.eval_shape(of, params)
+                return jax.grad(along)(jnp.ones(shape.shape, shape.dtype))
+
+            # Rules that are marked as true derivatives refuse a tangent, but what reverse mode gives for their values
+            # takes one. Nothing calls the pull-back, and the compiler drops it.
+            def found(params: PyTree) -> jax.Array:
+                return jax.vjp(of, params)[0]
+
+            return jax.jvp(found, (params,), (direction,))[1]
+
+        return compiled(slopes)

@@ -7,19 +7,18 @@ from time import perf_counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from metagradient.metaparameters import canonical, needs_index, slices
+from metagradient.metaparameters import canonical
 from metagradient.replay.budget import Costs, Leaf, LeafKind, Memory
-from metagradient.replay.fingerprint import fingerprint
 from metagradient.replay.plan import Plan
 from metagradient.replay.plan import plan as planned
 from metagradient.replay.schedule import TIERS, Tier
 from metagradient.replay.store import Stores
 from metagradient.run import Run, full_precision
-from metagradient.step.segment import Runner, Segment
+from metagradient.step.choose import first_step
+from metagradient.step.segment import Segment
 from metagradient.training import Training
-from metagradient.trees import PyTree, floating, nbytes, zeros
+from metagradient.trees import PyTree, floating, nbytes
 
 _REPEATS = 5
 
@@ -60,6 +59,14 @@ def plan(
         return plan_run(Run.prepared(training, canonical(z), window), memory or Memory(), segment)
 
 
+def planned_once(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
+    """`plan_run`, made once for a step, the shapes that it works on and a budget."""
+    key, known = (run.signature, run.begin, memory, segment), run.programs.plans
+    if key not in known:
+        known[key] = plan_run(run, memory, segment)
+    return known[key]
+
+
 def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
     """`plan` for a run that is prepared."""
     chosen = run.chosen(segment)
@@ -69,18 +76,16 @@ def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
     steps = len(run.feed) - run.begin
     found = planned(costs, steps, memory, lengths=lengths)
     rehearsal = found.length * costs.leaves[found.keep].step_seconds
-    call_seconds = _seconds(run.contract.still_holds) + rehearsal
+    call_seconds = _seconds(run.contract.recheck) + rehearsal
     return replace(found, loop=chosen.loop if found.length > 1 else "steps", call_seconds=call_seconds)
 
 
 def _kinds(run: Run, segment: Segment) -> list[LeafKind]:
     """What a step may keep: what was chosen, and linearisations where single steps can leave them."""
-    if not run.training.rule.linearises or segment.loop != "steps":
+    choices = run.training.rule.choices(*first_step(run.feed, run.z, run.state))
+    if not choices.linearises or segment.loop != "steps":
         return [segment.keep]
-    index = run.feed.first["index"] if needs_index(run.feed.z) else None
-    arguments = run.state, run.feed.first, slices(run.feed.z, jnp.int32(0), index)
-    keep: LeafKind = run.training.rule.choices(*arguments)[0]
-    return [keep, "linearisation"]
+    return [choices.keep, "linearisation"]
 
 
 def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory) -> Costs:
@@ -111,10 +116,10 @@ def _leaf(run: Run, segment: Segment) -> Leaf:
         jax.block_until_ready(runner.keep(0, run.state)[1]())
 
     def adjoint() -> None:
-        jax.block_until_ready(runner.pull(0, kept, cotangent, zeros(runner.z)))
+        jax.block_until_ready(runner.pull(0, kept, cotangent, run.programs.zeros(run.z)))
 
     forward = _seconds(step) / steps
-    return Leaf(nbytes(kept) // steps, forward, _seconds(adjoint) / steps, forward)
+    return Leaf(nbytes((kept.states, kept.beside)) // steps, forward, _seconds(adjoint) / steps, forward)
 
 
 def _transfer(run: Run, tier: Tier, memory: Memory) -> tuple[float, float]:
@@ -136,7 +141,7 @@ def _transfer(run: Run, tier: Tier, memory: Memory) -> tuple[float, float]:
 
 def _walk(run: Run, segment: Segment) -> tuple[float, float, float]:
     """What a walk adds to its steps: fingerprints on the device; its start, and reading a batch, on the host."""
-    runner: Runner = run.runner(segment)
+    runner, stamp = run.runner(segment), run.programs.fingerprint
     steps = len(runner.steps(0))
 
     def read() -> None:
@@ -144,10 +149,10 @@ def _walk(run: Run, segment: Segment) -> tuple[float, float, float]:
         runner.batches(0)
 
     def check() -> None:
-        jax.block_until_ready((fingerprint(runner.batches(0)), fingerprint(run.state)))
+        jax.block_until_ready((stamp(runner.batches(0)), stamp(run.state)))
 
     def prepare() -> Any:
-        return runner.advance(0, run.state), fingerprint(runner.batches(0)), fingerprint(run.state)
+        return runner.advance(0, run.state), stamp(runner.batches(0)), stamp(run.state)
 
     reading, checking = _seconds(read), _seconds(check)
     return checking, _seconds(prepare), reading / steps

@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from metagradient._train import train
 from metagradient.errors import ImpureStepError, NonFiniteError, ReplayMismatch
+from metagradient.fingerprint import fingerprint
 from metagradient.metagrad import value_and_metagrad
-from metagradient.replay.fingerprint import fingerprint
-from metagradient.run import train
 from metagradient.schedule import TwoLevel
 from metagradient.step.segment import Segment
 from metagradient.training import Training

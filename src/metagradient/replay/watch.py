@@ -1,58 +1,19 @@
-"""Fingerprints of states and batches: that a replay is the first run again, bit for bit, is checked, not hoped for."""
+"""What a traversal passes through, compared with the first run: states and batches by their fingerprints."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from metagradient.errors import ReplayMismatch
-from metagradient.trees import PyTree, is_floating, is_key, paths
+from metagradient.errors import DerivativeError, ReplayMismatch
+from metagradient.step.segment import Pulled
+from metagradient.trees import PyTree, paths
 
 _PENDING = 4
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    if is_key(x) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    size = x.dtype.itemsize
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag], axis=-1)
-        size //= 2
-    if size < 4:
-        return lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}[size]).astype(jnp.uint32)
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    bits = _bits(x)
-    position = jnp.zeros((), jnp.uint32)
-    stride = 1
-    for axis in reversed(range(bits.ndim)):
-        # Positions from one iota an axis, not from a flattened copy: a sharded leaf stays where it is.
-        position = position + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    odd = (position * np.uint32(0x9E3779B1) + np.uint32(0x85EBCA77)) | np.uint32(1)
-    mixed = (bits ^ (bits >> 15)) * np.uint32(0x2C1B3C6D) + odd
-    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0x297A2D39)
-    return jnp.stack([jnp.sum(bits * odd, dtype=jnp.uint32), jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)])
-
-
-@jax.jit
-def fingerprint(tree: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Hash of every leaf, uint32[leaves, 2], and whether it is finite, bool[leaves].
-
-    Cost: one pass over the tree on its device. Sums of integers: the same on any number of devices.
-    """
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return jnp.zeros((0, 2), jnp.uint32), jnp.ones(0, bool)
-    finite = [jnp.isfinite(x).all() if is_floating(x) else jnp.ones((), bool) for x in leaves]
-    return jnp.stack([_hash(x) for x in leaves]), jnp.stack(finite)
+# A probe of a symmetric Jacobian finds rounding; of another, numbers of order one.
+_ASYMMETRIC = 0.01
 
 
 class NotFinite(Exception):
@@ -65,11 +26,13 @@ class Watch:
     Comparisons lag a few programs behind, so that the device never waits for them.
 
     Arguments:
+        fingerprint: of a tree, and which of its leaves are finite.
         on: whether to compare; non-finite values are looked for in any case.
     """
 
-    def __init__(self, on: bool):
+    def __init__(self, fingerprint: Callable[[PyTree], tuple[jax.Array, jax.Array]], on: bool):
         self.on = on
+        self._fingerprint = fingerprint
         self._first: dict[tuple[str, int], jax.Array] = {}
         self._pending: deque[tuple[Any, ...]] = deque()
 
@@ -89,9 +52,9 @@ class Watch:
             self._see("batch", step, batches)
             self._settle(_PENDING)
 
-    def cotangent(self, step: int, finite: jax.Array) -> None:
+    def cotangent(self, step: int, pulled: Pulled) -> None:
         """The cotangent of the state before `step` was found."""
-        self._pending.append(("cotangent", step, None, None, None, finite))
+        self._pending.append(("cotangent", step, None, None, pulled.asymmetry, pulled.finite))
         self._settle(_PENDING)
 
     def settle(self) -> None:
@@ -99,7 +62,7 @@ class Watch:
         self._settle(0)
 
     def _see(self, what: str, step: int, tree: PyTree) -> None:
-        found, finite = fingerprint(tree)
+        found, finite = self._fingerprint(tree)
         expected = self._first.setdefault((what, step), found) if self.on else found
         # The structure alone, for names: the state itself must not be held back.
         structure = jax.tree.structure(tree) if expected is not found else None
@@ -114,6 +77,12 @@ class Watch:
                 raise ReplayMismatch(_explain(what, step, leaf))
             if what != "batch" and not np.all(finite):
                 raise NotFinite
+            if what == "cotangent" and (apart := max(float(x) for x in jax.tree.leaves(found))) > _ASYMMETRIC:
+                raise DerivativeError(
+                    f"the loss holds a derivative rule of its own that isn't the derivative of its value: from step {step} "
+                    f"on its gradient's Jacobian is asymmetric (by {apart:.0%}), and the gradient can't be differentiated "
+                    "in reverse, where that wouldn't matter. Write the rule without while loops"
+                )
 
 
 def _explain(what: str, step: int, leaf: str) -> str:

@@ -1,0 +1,285 @@
+"""Everything that reads JAX's internals, in one file: traced programs, their digests, compilation, precision.
+
+Each function has a test in `tests/test_jax.py`, which runs on the oldest and the newest JAX.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend import core
+from jax.extend.source_info_util import summarize
+
+__all__ = ["Tracer"]
+
+Program: TypeAlias = Any
+"""What `trace` returns: a closed jaxpr. From jax 0.11 on it is of the same type as an open one."""
+
+_COMPILE = "/jax/core/compile/backend_compile_duration"
+_HALF = ("float16", "bfloat16", "float8", "float4")
+_MATMUL = ("dot_general", "conv_general_dilated")
+_LOOPS = ("scan", "while", "checkpoint", "remat2")
+_RANDOM = ("random_bits", "random_wrap", "random_unwrap", "threefry2x32", "random_seed", "rng_bit_generator")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_JAX_FOLDER = os.path.dirname(jax.__file__)
+
+# A rule that a user can give: a custom_vjp is one always; the others are where a user's function is in them.
+_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+_JVP = ("custom_jvp_call", "custom_jvp_call_jaxpr")
+_TRANSPOSES = ("linear_call", "custom_transpose_call", "custom_linear_solve")
+TRUE_DERIVATIVE = "metagradient.true_derivative"
+"""Name scope that marks a call whose own rule is the derivative of its value."""
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """`jax.jit` of a function that nobody else holds, for a program called from Python.
+
+    A function made for the caller is freed, and its programs with it, when the caller drops what is returned; so no
+    user's function may be a static argument here.
+    """
+    return jax.jit(function, compiler_options=_compiler_options(jax.default_backend()), **options)
+
+
+@cache
+def _compiler_options(backend: str) -> dict[str, Any] | None:
+    # jaxlib 0.10 on CPU fuses wrongly what vmapped norms are pulled back by: rows from the third on are wrong.
+    if backend == "cpu" and jaxlib.__version__.startswith("0.10."):
+        return {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return None
+
+
+class _Compiling:
+    seconds = 0.0
+    programs = 0
+
+
+@contextmanager
+def compile_seconds() -> Iterator[_Compiling]:
+    """Count the seconds that XLA compiles, and the programs, while the context is open."""
+    spent = _Compiling()
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILE:
+            spent.seconds += duration_secs
+            spent.programs += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield spent
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def is_weak(x: jax.Array) -> bool:
+    """Whether an array's dtype gives way to others, as that of a Python number does."""
+    return bool(x.aval.weak_type)
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> tuple[Program, Any]:
+    """Trace `function` afresh, past every cache that is keyed on the function itself.
+
+    Returns: the program, and the shapes and dtypes that it returns.
+    """
+    return jax.make_jaxpr(lambda *xs: function(*xs), return_shape=True)(*arguments)
+
+
+def _opened(program: Any) -> core.Jaxpr:
+    return getattr(program, "jaxpr", program)
+
+
+def _programs_in(value: Any) -> Iterator[core.Jaxpr]:
+    if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+        yield _opened(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _programs_in(item)
+
+
+def equations(program: Program) -> Iterator[core.JaxprEqn]:
+    """All equations of a program, those of its inner programs included."""
+    for eqn in _opened(program).eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in _programs_in(value):
+                yield from equations(inner)
+
+
+def has_loops(program: Program) -> bool:
+    """Whether the program holds loops or rematerialisation: what XLA can't merge with a copy of itself."""
+    return any(e.primitive.name in _LOOPS for e in equations(program))
+
+
+def convolves(program: Program) -> bool:
+    """Whether the program holds a convolution."""
+    return any(e.primitive.name == "conv_general_dilated" for e in equations(program))
+
+
+def draws(program: Program) -> bool:
+    """Whether the program draws random numbers."""
+    return any(e.primitive.name in _RANDOM for e in equations(program))
+
+
+def stopped_gradients(program: Program) -> list[str]:
+    """Where the program stops gradients, as `file:line (function)`; those of JAX's own functions left out."""
+    return _places(e for e in equations(program) if e.primitive.name == "stop_gradient")
+
+
+def own_rules(program: Program) -> list[str]:
+    """Where the program holds a derivative rule that somebody wrote, and that isn't JAX's or marked as true.
+
+    Any `custom_vjp`; a `custom_jvp`, linear solve or transpose whose function isn't defined in JAX; and `custom_root`,
+    whose tangent solve is the user's.
+    """
+    return _places(e for e in equations(program) if _has_own_rule(e))
+
+
+def _has_own_rule(eqn: core.JaxprEqn) -> bool:
+    name = eqn.primitive.name
+    if name not in (*_VJP, *_JVP, *_TRANSPOSES) or TRUE_DERIVATIVE in str(eqn.source_info.name_stack):
+        return False
+    if name in _VJP:
+        return True
+    sources = [_source(program) for value in eqn.params.values() for program in _functions_in(value)]
+    return any(not _is_jax(source) or source.startswith("_custom_root ") for source in sources)
+
+
+def _functions_in(value: Any) -> Iterator[Any]:
+    """Everything in an equation's parameters that knows where it was defined."""
+    if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+        yield _opened(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _functions_in(item)
+    elif callable(value) and hasattr(value, "debug_info"):
+        yield value
+
+
+def _source(function: Any) -> str:
+    """`name at file:line` of what was traced."""
+    return str(getattr(getattr(function, "debug_info", None), "func_src_info", None) or "")
+
+
+def _is_jax(source: str) -> bool:
+    return _JAX_FOLDER in source
+
+
+def _places(eqns: Iterator[core.JaxprEqn]) -> list[str]:
+    return list(dict.fromkeys(summarize(eqn.source_info) for eqn in eqns))
+
+
+def reaching(program: Program) -> set[int]:
+    """Positions of the inputs that some output may depend on, judged by which equations read them."""
+    jaxpr = _opened(program)
+    sources: dict[Any, set[int]] = {var: {i} for i, var in enumerate(jaxpr.invars)}
+
+    def of(atom: Any) -> set[int]:
+        return set() if isinstance(atom, core.Literal) else sources.get(atom, set())
+
+    for eqn in jaxpr.eqns:
+        read = set().union(*map(of, eqn.invars))
+        if read:
+            sources.update(dict.fromkeys(eqn.outvars, read))
+    return set().union(*map(of, jaxpr.outvars))
+
+
+def digest(program: Program, *, lasting: bool = False) -> str:
+    """Digest of a program: equal for equal programs with equal constants.
+
+    Arguments:
+        lasting: equal in another process too, where every constant goes by its content.
+
+    Cost: about 10 µs an equation, and the bytes of the constants that live in numpy, or of all.
+    """
+    sink = hashlib.blake2b(digest_size=16)
+
+    def feed(value: Any) -> None:
+        if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+            written(_opened(value))
+            feed(list(getattr(value, "consts", ())))
+        elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+            sink.update(b"(")
+            for item in value:
+                feed(item)
+        elif isinstance(value, (np.ndarray, np.generic)):
+            sink.update(f"{value.dtype}{value.shape}".encode())
+            sink.update(np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, jax.Array):
+            # Immutable: small ones by content, for a constant that Python makes anew; large ones by identity.
+            value = jax.random.key_data(value) if lasting and _is_key(value) else value
+            feed(np.asarray(value) if lasting or (value.size <= 4096 and not _is_key(value)) else id(value))
+        elif not callable(value):
+            sink.update(_ADDRESS.sub("", repr(value)).encode())
+
+    def written(jaxpr: core.Jaxpr) -> None:
+        number: dict[Any, int] = {}
+
+        def atom(x: Any) -> str:
+            if isinstance(x, core.Literal):
+                return f"{x.val!r}:{x.aval.str_short()}"
+            return f"{number.setdefault(x, len(number))}:{x.aval.str_short()}"
+
+        for x in (*jaxpr.constvars, *jaxpr.invars):
+            sink.update(atom(x).encode())
+        for eqn in jaxpr.eqns:
+            sink.update(eqn.primitive.name.encode())
+            sink.update(" ".join(map(atom, (*eqn.invars, *eqn.outvars))).encode())
+            for name in sorted(eqn.params):
+                sink.update(name.encode())
+                feed(eqn.params[name])
+        sink.update(" ".join(map(atom, jaxpr.outvars)).encode())
+
+    feed(program)
+    return sink.hexdigest()
+
+
+def _is_key(value: jax.Array) -> bool:
+    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def lowered_precision(program: Program) -> str | None:
+    """First place where a program computes below float32, in words; None where it doesn't."""
+    for eqn in equations(program):
+        where = f"`{eqn.primitive.name}` at {summarize(eqn.source_info)}"
+        for var in eqn.outvars:
+            dtype = str(getattr(var.aval, "dtype", ""))
+            if dtype.startswith(_HALF):
+                return f"{where} computes in {dtype}"
+        if eqn.primitive.name in _MATMUL and _low(eqn):
+            return f"{where} asks for precision {eqn.params['precision']}"
+    return None
+
+
+def _low(eqn: core.JaxprEqn) -> bool:
+    dtype = eqn.params["preferred_element_type"] or jnp.float32
+    if dtype == jnp.float64 or not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    precision = eqn.params["precision"]
+    if isinstance(precision, lax.DotAlgorithmPreset):
+        return "F32_F32_F32" not in precision.name and "F64" not in precision.name
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return any(p is not None and p is not lax.Precision.HIGHEST for p in both)
+
+
+@contextmanager
+def doubles_beside_single_draws() -> Iterator[None]:
+    """float64 arrays stay float64, while what is made without a dtype, and what `jax.random` draws, is as in float32.
+
+    Under `jax_enable_x64`, `jax.random` would draw other bits: another training.
+    """
+    before = jax.config.jax_explicit_x64_dtypes  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    try:
+        with jax.enable_x64(False):
+            yield
+    finally:
+        jax.config.update("jax_explicit_x64_dtypes", getattr(before, "value", before))

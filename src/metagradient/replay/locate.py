@@ -1,0 +1,89 @@
+"""Where something not finite first appeared: the search behind the error, once a run has failed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metagradient.step.rule import Cotangent
+from metagradient.step.runner import Runner
+from metagradient.step.segment import Kept
+from metagradient.trees import PyTree, floating_paths, is_floating, paths
+
+
+def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:
+    """Step through segment i, and say where a state first holds something not finite."""
+    for t, batch in _single_steps(runner, i):
+        new = runner.form.advance_one(state, runner.z, np.int32(t), batch)[0]
+        bad = not_finite(runner, new)
+        if bad:
+            return (
+                f"step {t} made {names(bad)} of the state non-finite (the state before it was finite). Lower the "
+                "learning rate, clip gradients, or look for a log, root or division at zero in the loss"
+            )
+        state = new
+    return f"the state became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
+
+
+def locate_in_adjoint(runner: Runner, i: int, kept: Kept, cotangent: Cotangent) -> str:
+    """Step backwards through segment i, and say where a cotangent first holds something not finite."""
+    loop = runner.segment.loop != "steps"
+    queries = cotangent[0].shape[:1] if runner.queries else ()
+    for t, batch in reversed(list(_single_steps(runner, i))):
+        at = t - runner.steps(i).start
+        take = (lambda tree, at=at: jax.tree.map(lambda x: x[at], tree)) if loop else (lambda seq, at=at: seq[at])
+        state, beside = take(kept.states), take(kept.beside)
+        total = jax.tree.map(lambda x: jnp.zeros((*queries, *x.shape), x.dtype), runner.z)
+        pulled = runner.form.pull_one(runner.queries, total, cotangent, runner.z, np.int32(t), state, beside, batch)
+        cotangent, finite = pulled.cotangent, np.asarray(pulled.finite)
+        if not np.all(finite):
+            leaves = floating_paths(state)
+            bad = [leaves[j] for j in np.flatnonzero(~finite)]
+            after = runner.form.advance_one(state, runner.z, np.int32(t), batch)[0]
+            return f"the adjoint of step {t} made the cotangent of {names(bad)} non-finite. {_remedy(after)}"
+    return f"a cotangent became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
+
+
+_SECOND_MOMENTS = {
+    "ScaleByRmsState": ("nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"),
+    "ScaleByRStdDevState": ("nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"),
+    "ScaleByRssState": ("sum_of_squares", "adagrad", "an initial_accumulator_value and an eps, 1e-7 or more"),
+}
+
+
+def _remedy(after: PyTree) -> str:
+    nodes: list[Any] = []
+    jax.tree.leaves(after, is_leaf=lambda x: nodes.append(x) or False)
+    for node in nodes:
+        attribute, name, remedy = _SECOND_MOMENTS.get(
+            type(node).__name__, ("nu", "Adam", "an eps_root (1e-8 or more; larger is smoother)")
+        )
+        moments = getattr(node, attribute, None) if isinstance(node, tuple) else None
+        roots = [path for path, x in paths(moments) if is_floating(x) and bool((x == 0).any())]
+        if roots:
+            return (
+                f"The optimiser's second moment .{attribute}{roots[0]} holds zeros, where the derivative of its root is "
+                f"infinite: give {name} {remedy}"
+            )
+    return (
+        "The step is finite but its derivative isn't: look for a root, norm, log or division at zero in the loss or "
+        "the optimiser; Adam needs eps_root > 0"
+    )
+
+
+def _single_steps(runner: Runner, i: int) -> Iterator[tuple[int, PyTree]]:
+    return ((t, runner.feed[t]) for t in runner.steps(i))
+
+
+def not_finite(runner: Runner, state: PyTree) -> list[str]:
+    """Paths of the leaves of a state that are not finite."""
+    return [
+        path for (path, _), good in zip(paths(state), runner.programs.finite(state).tolist(), strict=True) if not good
+    ]
+
+
+def names(leaves: list[str]) -> str:
+    """The first few of them, in words."""
+    return ", ".join(leaves[:3]) + (f" and {len(leaves) - 3} more" if len(leaves) > 3 else "")

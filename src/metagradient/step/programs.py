@@ -1,0 +1,130 @@
+"""Compiled programs of a step: they live as long as the objects that use them."""
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
+
+import jax
+
+from metagradient._jax import compiled
+from metagradient.fingerprint import fingerprint, finite
+from metagradient.step.rule import Rule
+from metagradient.step.segment import Segment, advance_many, advance_one, pull_many, pull_one
+from metagradient.trees import PyTree, zeros
+
+T = TypeVar("T")
+
+# Equal steps share their programs while somebody holds them. Entries go with the last holder.
+_LIVE: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+
+def shared(make: Callable[[Any], T], key: Any) -> T:
+    """`make(key)`, or what it made before for an equal key, if anybody still holds that.
+
+    A key that can't be hashed shares nothing.
+    """
+    try:
+        found = _LIVE.get((make, key))
+    except TypeError:
+        return make(key)
+    if found is None:
+        found = _LIVE[make, key] = make(key)
+    return found
+
+
+def signature(*trees: PyTree) -> tuple[Hashable, ...]:
+    """Structure, shapes and dtypes of trees of arrays."""
+    leaves, treedef = jax.tree.flatten(trees)
+    return treedef, *((x.shape, x.dtype) for x in leaves)
+
+
+class Form:
+    """Programs of one form of a step, each compiled when it is first called.
+
+    They are methods of nobody: a program that held this object would hold itself.
+    """
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+
+    @cached_property
+    def advance_one(self) -> Callable[..., Any]:
+        """`(state, z, t, batch)`, see `segment.advance_one`."""
+        rule = self.rule
+        return compiled(lambda *arguments: advance_one(rule, *arguments))
+
+    @cached_property
+    def advance_many(self) -> Callable[..., Any]:
+        """`(unroll, state, z, start, batches)`, see `segment.advance_many`."""
+        rule = self.rule
+        return compiled(lambda *arguments: advance_many(rule, *arguments), static_argnums=0)
+
+    @cached_property
+    def advance_company(self) -> Callable[..., Any]:
+        """`(states, zs, t, batch)`: one step of several trainings, stacked, whose states are used up."""
+        rule = self.rule
+
+        def advance(states: PyTree, zs: PyTree, t: jax.Array, batch: PyTree) -> PyTree:
+            return jax.vmap(lambda state, z: advance_one(rule, state, z, t, batch)[0])(states, zs)
+
+        return compiled(advance, donate_argnums=0)
+
+    @cached_property
+    def pull_one(self) -> Callable[..., Any]:
+        """`(queries, total, cotangent, z, t, state, beside, batch)`, see `segment.pull_one`; `total` is used up."""
+        rule = self.rule
+        return compiled(lambda *arguments: pull_one(rule, *arguments), static_argnums=0, donate_argnums=1)
+
+    @cached_property
+    def pull_many(self) -> Callable[..., Any]:
+        """`(unroll, queries, total, cotangent, z, start, kept)`, see `segment.pull_many`; `total` is used up."""
+        rule = self.rule
+        return compiled(lambda *arguments: pull_many(rule, *arguments), static_argnums=(0, 1), donate_argnums=2)
+
+
+class Programs:
+    """All programs of a step, and what was found out in making them.
+
+    Arguments:
+        rule: the step.
+
+    Attributes:
+        digests: of the step's program as it first was, by signature.
+        segments: how steps are compiled, chosen once, by signature.
+        plans: schedules that were made for a budget, by signature and budget.
+    """
+
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.digests: dict[Hashable, str] = {}
+        self.segments: dict[Hashable, Segment] = {}
+        self.plans: dict[Hashable, Any] = {}
+        self._forms: dict[Hashable, Form] = {}
+
+    def form(self, segment: Segment) -> Form:
+        """The programs of one form of the step."""
+        key = segment.keep, segment.unroll_microbatches
+        if key not in self._forms:
+            self._forms[key] = Form(self.rule.formed(*key))
+        return self._forms[key]
+
+    @cached_property
+    def fingerprint(self) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
+        """See `fingerprint.fingerprint`."""
+        return compiled(lambda tree: fingerprint(tree))
+
+    @cached_property
+    def finite(self) -> Callable[[PyTree], jax.Array]:
+        """See `fingerprint.finite`."""
+        return compiled(lambda tree: finite(tree))
+
+    @cached_property
+    def zeros(self) -> Callable[[PyTree], PyTree]:
+        """Zeros like a tree."""
+        return compiled(lambda tree: zeros(tree))
+
+
+def programs_of(rule: Rule) -> Programs:
+    """The programs of a step, shared with every other holder of an equal one."""
+    return shared(Programs, rule)
