@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from metagradient import errors, schedule, smoothness, updates
     from metagradient._check import CheckReport, check
     from metagradient._plan import plan
+    from metagradient._train import train, train_many
     from metagradient.counts import CountSurrogate, probe_at
     from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
     from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from metagradient.objectives import mean_over
     from metagradient.replay.budget import Memory
     from metagradient.replay.plan import Plan
-    from metagradient.run import train, train_many
     from metagradient.smoothness.probe import Smoothness, metasmoothness
     from metagradient.step.rules import true_derivative
     from metagradient.step.segment import Segment
