@@ -16,7 +16,7 @@ import metagradient as mg
 from metagradient import Segment
 from metagradient.metaparameters import wrapped
 from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
-from metagradient.step.segment import Runner, advance_one, pull_one
+from metagradient.step.runner import Runner
 from metagradient.trees import floating
 
 pytestmark = pytest.mark.core
@@ -187,8 +187,9 @@ def programs(examples, steps, queries):
     cotangent, total = floating(state)[0], z
     if queries:
         cotangent, total = jax.tree.map(lambda x: jnp.stack([x] * 2), (cotangent, total))
-    forward = advance_one.lower(training.rule, state, z, t, batch).compile()
-    adjoint = pull_one.lower(training.rule, queries, state, (), z, t, batch, cotangent, total).compile()
+    form = training.programs.form(STEPWISE)
+    forward = form.advance_one.lower(state, z, t, batch).compile()
+    adjoint = form.pull_one.lower(queries, total, cotangent, z, t, state, (), batch).compile()
     return sizes(forward), sizes(adjoint)
 
 

@@ -197,7 +197,7 @@ def test_projection_keeps_the_metaparameters_in_their_box():
 
 
 def test_a_plan_is_measured_once_in_a_descent(monkeypatch: pytest.MonkeyPatch):
-    import metagradient.metagrad as module
+    import metagradient._plan as module
 
     planned, plan_run = [], module.plan_run
     monkeypatch.setattr(module, "plan_run", lambda *a: planned.append(a) or plan_run(*a))

@@ -61,10 +61,12 @@ def plan(
 
 def planned_once(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
     """`plan_run`, made once for a step, the shapes that it works on and a budget."""
-    key, known = (run.signature, run.begin, memory, segment), run.programs.plans
-    if key not in known:
-        known[key] = plan_run(run, memory, segment)
-    return known[key]
+    about, known = (run.signature, run.begin, memory), run.programs.plans
+    if (about, segment) not in known:
+        made = known[about, segment] = plan_run(run, memory, segment)
+        # Whoever asks for the segment that was chosen wants the same plan.
+        known.setdefault((about, made.segment), made)
+    return known[about, segment]
 
 
 def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:

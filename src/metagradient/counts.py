@@ -271,7 +271,8 @@ class _Pushed:
     """The step whose gradient is pushed, compiled."""
 
     def __init__(self, rule: LossStep):
-        self.advance = compiled(lambda state, batch, push: rule.advance_pushed(state, batch, {}, push))
+        # Differentiated in the push, so within another program: not `compiled`.
+        self.advance = jax.jit(lambda state, batch, push: rule.advance_pushed(state, batch, {}, push))
 
 
 class _Slopes:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from metagradient._jax import compiled, convolves, trace
-from metagradient.errors import BatchError, StructureError
+from metagradient.errors import StructureError
 from metagradient.examples import Examples, checked, holds_examples
 from metagradient.step.feed import array, check_leaves, check_source
 from metagradient.step.programs import shared
@@ -55,7 +55,7 @@ def mean_over(
 
     Returns: an objective `(state, z) -> scalar`. Its value and cotangent are summed a batch at a time.
 
-    Errors: `BatchError` for an empty sequence, or one that can't be read again; `StructureError` where a batch doesn't
+    Errors: `StructureError` for an empty sequence, `BatchError` for one that can't be read again; `StructureError` where a batch doesn't
         tell how many examples it holds.
 
     Cost: a loss and its gradient a batch; the memory of one batch. A compilation for every different batch shape.
@@ -67,7 +67,7 @@ def mean_over(
     """
     check_source(batches)
     if not len(batches):
-        raise BatchError("mean_over needs at least one batch")
+        raise StructureError("mean_over needs at least one batch")
     if not callable(loss):
         raise StructureError(f"mean_over takes (batches, loss), and the loss is {type(loss).__name__}")
     check_leaves("batches[0]", jax.tree.map(array, batches[0]))

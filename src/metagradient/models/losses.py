@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from metagradient.step.rules import true_derivative
+
 _SLICE = 1024
 
 
@@ -97,5 +99,6 @@ def _backward(saved: tuple[Array, Array, Array, Array], cotangents: Array):
     return hidden_cotangent, matrix_cotangent, None, weights_cotangent
 
 
-_losses = jax.custom_vjp(_evaluate)
-_losses.defvjp(_forward, _backward)
+_ruled = jax.custom_vjp(_evaluate)
+_ruled.defvjp(_forward, _backward)
+_losses = true_derivative(_ruled)

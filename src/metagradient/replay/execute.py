@@ -94,9 +94,10 @@ class Traversal:
                     if ending is None:
                         # Before an objective reads it: what that makes of a state that is not finite would hide the
                         # step that made it.
+                        state, working = working(), _nothing
                         self.watch.settle()
-                        ending = yield working()
-                        working = _nothing
+                        ending = yield state
+                        del state
                     self.stores.kept(-self._size(kept[segment], segment))
                     ending = self._pull(segment, kept.pop(segment), *ending, compare=compare)
         assert ending is not None

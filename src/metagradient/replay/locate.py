@@ -46,26 +46,30 @@ def locate_in_adjoint(runner: Runner, i: int, kept: Kept, cotangent: Cotangent) 
     return f"a cotangent became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
 
 
+# Of optimiser states by name: the root's argument, who holds it, and what keeps it from zero.
+_ADAM = "nu", "Adam", "an eps_root (1e-8 or more; larger is smoother)"
+_RMS = "nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"
 _SECOND_MOMENTS = {
-    "ScaleByRmsState": ("nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"),
-    "ScaleByRStdDevState": ("nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"),
+    "ScaleByRmsState": _RMS,
+    "ScaleByRStdDevState": _RMS,
     "ScaleByRssState": ("sum_of_squares", "adagrad", "an initial_accumulator_value and an eps, 1e-7 or more"),
 }
 
 
 def _remedy(after: PyTree) -> str:
-    nodes: list[Any] = []
-    jax.tree.leaves(after, is_leaf=lambda x: nodes.append(x) or False)
-    for node in nodes:
-        attribute, name, remedy = _SECOND_MOMENTS.get(
-            type(node).__name__, ("nu", "Adam", "an eps_root (1e-8 or more; larger is smoother)")
-        )
-        moments = getattr(node, attribute, None) if isinstance(node, tuple) else None
-        roots = [path for path, x in paths(moments) if is_floating(x) and bool((x == 0).any())]
-        if roots:
+    def holds(node: Any) -> bool:
+        return isinstance(node, tuple) and hasattr(node, _SECOND_MOMENTS.get(type(node).__name__, _ADAM)[0])
+
+    for path, node in jax.tree.leaves_with_path(after, is_leaf=holds):
+        if not holds(node):
+            continue
+        attribute, name, remedy = _SECOND_MOMENTS.get(type(node).__name__, _ADAM)
+        moments = paths(getattr(node, attribute))
+        zero = next((leaf for leaf, x in moments if is_floating(x) and bool((x == 0).any())), None)
+        if zero:
             return (
-                f"The optimiser's second moment .{attribute}{roots[0]} holds zeros, where the derivative of its root is "
-                f"infinite: give {name} {remedy}"
+                f"The optimiser's second moment {jax.tree_util.keystr(path)}.{attribute}{zero} holds zeros, where the "
+                f"derivative of its root is infinite: give {name} {remedy}"
             )
     return (
         "The step is finite but its derivative isn't: look for a root, norm, log or division at zero in the loss or "

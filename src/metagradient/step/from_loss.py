@@ -97,22 +97,26 @@ class LossStep:
                     '"state" or "gradient"'
                 )
             loss, statistics = self._floating_loss(state, batch)
-            read = self._value_read(state, z)
             gradient, value, model_state, pull_back = linearised_gradient(
-                loss, state.params, statistics, z, value_read=read
+                loss, state.params, statistics, z, value_read=self._value_read(state, z)
             )
-            kept = gradient, value, pull_back
+            kept = gradient, self._worth_keeping(value, state, z), pull_back
         else:
             gradient, value, model_state = self._gradient(state, batch, z)
-            kept = (gradient, value) if self.keep == "gradient" else ()
+            kept = (gradient, self._worth_keeping(value, state, z)) if self.keep == "gradient" else ()
         gradient = gradient if push is None else add(gradient, push)
         params, opt_state = self._update(state.params, state.opt_state, gradient, value, z)
         return TrainState(params, opt_state, model_state, state.step + 1), kept
+
+    def _worth_keeping(self, value: jax.Array, state: TrainState, z: PyTree) -> jax.Array | None:
+        """The loss, where the optimiser reads it: computing it for nobody costs a chunked loss a product."""
+        return value if self._value_read(state, z) else None
 
     def pull_back(self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree) -> Adjoint:
         """Two-stage adjoint: through the optimiser, then through the gradient, a micro-batch at a time."""
         held, value_read = self._held(state, batch, z), self._value_read(state, z)
         gradient, value, through_gradient = self._found(state, kept, batch, z, held, value_read)
+        value = jnp.zeros((), jnp.result_type(*jax.tree.leaves(state.params))) if value is None else value
         moments, with_moments = floating(state.opt_state)
 
         def update(
@@ -160,8 +164,8 @@ class LossStep:
 
     def _found(
         self, state: TrainState, kept: PyTree, batch: PyTree, z: PyTree, held: Held, value_read: bool
-    ) -> tuple[PyTree, jax.Array, PullBack | None]:
-        """The step's gradient and loss, and their pull-back where that comes with them."""
+    ) -> tuple[PyTree, jax.Array | None, PullBack | None]:
+        """The step's gradient, its loss where that is read, and their pull-back where that comes with them."""
         if self.keep == "linearisation":
             return kept
         if self.keep == "gradient":
@@ -218,9 +222,12 @@ class LossStep:
 
     def _held(self, state: TrainState, batch: PyTree, z: PyTree) -> Held:
         """What one call of the loss holds."""
-        m = self.microbatches
-        batch, z = (batch, z) if m == 1 else self._parts(batch, z)(0)
-        return Held.of(trace(lambda s, b, z: self._loss(s.params, s.model_state, b, z), state, batch, z)[0])
+
+        def called(state: TrainState, batch: PyTree, z: PyTree) -> PyTree:
+            batch, z = (batch, z) if self.microbatches == 1 else self._parts(batch, z)(0)
+            return self._loss(state.params, state.model_state, batch, z)
+
+        return Held.of(trace(called, state, batch, z)[0])
 
     def _value_read(self, state: TrainState, z: PyTree) -> bool:
         """Whether the optimiser reads the loss itself."""
