@@ -9,6 +9,14 @@ import pytest
 collect_ignore = ["make_checkpoint_fixtures.py"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests run where they are asked for: `-m slow`, whatever else is asked for beside."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_more_programs_than_a_module_needs() -> Iterator[None]:
     """Compiled programs hold memory maps, of which a process may have some 65,000: all of a suite's are too many."""

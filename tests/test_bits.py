@@ -69,12 +69,12 @@ RUNS = {
 def test_schedules_and_stores_change_no_bit_and_compile_nothing(problem, segment, pulled):
     problem = problem()
     training = problem.training()
-    first = compiled = None
+    first = compiled = owner = None
     for schedule in SCHEDULES:
         pulled.clear()
-        found = mg.value_and_metagrad(training, problem.objective, schedule=schedule, segment=segment).evaluate(
-            problem.z
-        )
+        # The one before holds the objective's programs until this one shares them.
+        owner = mg.value_and_metagrad(training, problem.objective, schedule=schedule, segment=segment)
+        found = owner.evaluate(problem.z)
         bits = digest((found.value, found.grad)), digest(found.state), list(pulled)
         assert len(pulled) == -(-STEPS // segment.length)
         assert len({states for _, states, _ in pulled}) == len(pulled), "the run stands still, and tests nothing"
@@ -104,7 +104,8 @@ def test_another_training_of_the_same_functions_compiles_nothing():
     """A fresh seed each meta-step makes a new `Training` on other batches: its programs are there already."""
     problem = driven()
     segment = SCANNED
-    mg.value_and_metagrad(problem.training(), problem.objective, segment=segment)(problem.z)
+    owner = mg.value_and_metagrad(problem.training(), problem.objective, segment=segment)
+    owner(problem.z)
     shuffled = [problem.batches[t] for t in np.random.default_rng(0).permutation(STEPS)]
     training = mg.Training.from_loss(problem.loss, problem.optimizer, problem.init, shuffled)
     stats = mg.value_and_metagrad(training, problem.objective, segment=segment).with_stats(problem.z)[2]

@@ -10,7 +10,7 @@ from metagradient.errors import StructureError
 from metagradient.metaparameters import canonical
 from metagradient.progress import Progress
 from metagradient.run import Run, full_precision
-from metagradient.step.segment import Segment
+from metagradient.step.segment import SINGLE_STEPS, Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, mismatch
 
@@ -105,7 +105,7 @@ def _seconds(runs: list[Run]) -> float:
 
 
 def _together(runs: list[Run], steps: int) -> list[PyTree]:
-    form, feed = runs[0].programs.form(Segment(1, "steps", "state")), runs[0].feed
+    form, feed = runs[0].programs.form(SINGLE_STEPS), runs[0].feed
     states = jax.tree.map(lambda *x: jnp.stack(x), *[run.state for run in runs])
     zs = jax.tree.map(lambda *x: jnp.stack(x), *[run.z for run in runs])
     for t in range(min(steps, len(feed))):

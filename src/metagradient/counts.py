@@ -21,7 +21,7 @@ from metagradient.step.feed import Feed
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import is_optimizer
 from metagradient.step.programs import shared
-from metagradient.step.segment import Segment
+from metagradient.step.segment import SINGLE_STEPS, Segment
 from metagradient.training import Batches, Training
 from metagradient.trees import PyTree, zeros
 
@@ -120,7 +120,7 @@ class CountSurrogate:
         if not self.at:
             return training.initial({})
         head = replace(training, step=rule, batches=_Part(training.batches, 0, self.at))
-        return train(head, {}, segment=segment)
+        return train(head, {}, segment=segment or SINGLE_STEPS)
 
     def _slopes(self, state: TrainState, direction: PyTree, n: int) -> tuple[np.ndarray, int]:
         """Derivatives of all candidates' losses in a direction, [n], and how many candidates went by."""
@@ -195,16 +195,22 @@ def probe_at(
     if not ats or not fresh or seed in fresh:
         raise ConfigError("probe_at takes steps to try, and fresh seeds, none of them the differentiated run's own")
     z = canonical(z)
+    # Programs are shared while somebody holds them: each run is held until the next one is made.
+    last: list[Any] = [None]
 
     def measured(z: PyTree, at: int) -> tuple[float, ...]:
-        counts = np.asarray(_counts(z).value).astype(np.int64)
-        runs = (surrogate(number, at).training(counts) for number in fresh)
-        return tuple(float(objective(train(replace(r, step=_blind(r.rule)), {}), z)) for r in runs)
+        counts, values = np.asarray(_counts(z).value).astype(np.int64), []
+        for number in fresh:
+            drawn = surrogate(number, at).training(counts)
+            last[0] = replace(drawn, step=_blind(drawn.rule))
+            values.append(float(objective(train(last[0], {}, segment=SINGLE_STEPS), z)))
+        return tuple(values)
 
     before, memory = measured(z, ats[0]), update.init(z)
     found = []
     for at in ats:
-        grad = surrogate(seed, at).evaluate(objective, z, **options)[0].grad
+        made = surrogate(seed, at)
+        grad = made.evaluate(objective, z, **options)[0].grad
         moved = optax.apply_updates(z, update.update(grad, memory, z)[0])
         found.append(Probed(at, before, measured(moved, at)))
     return found

@@ -122,8 +122,7 @@ class Gradients:
             return self.training, None
         seed = inner_seed(self.seed, step, number)
         drawn = self.training(seed)
-        if not isinstance(drawn, (Training, CountSurrogate)):
-            raise StructureError(f"training({seed}) returned {type(drawn).__name__}, not a Training or CountSurrogate")
+        check_drawn(drawn, seed)
         return drawn, seed
 
     def _record(self, seed: int | None, found: Evaluation, z: PyTree) -> SeedRecord:
@@ -136,6 +135,12 @@ class Gradients:
                 raise NonFiniteError(f"held_out is {other}, at a final state that is finite")
             held_out = float(other)
         return SeedRecord(seed, float(found.value), held_out, float(optax.tree.norm(found.grad)))
+
+
+def check_drawn(drawn: Any, seed: int) -> None:
+    """Raise `StructureError` unless a function of a seed returned what can be differentiated."""
+    if not isinstance(drawn, (Training, CountSurrogate)):
+        raise StructureError(f"training({seed}) returned {type(drawn).__name__}, not a Training or CountSurrogate")
 
 
 class Mean:

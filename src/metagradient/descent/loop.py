@@ -12,7 +12,8 @@ import optax
 from metagradient._jax import digest, trace
 from metagradient.counts import CountSurrogate
 from metagradient.descent.board import Board
-from metagradient.descent.gradients import Differentiable, Gradients, Measured, SeedRecord
+from metagradient.descent.gradients import Differentiable, Gradients, Measured, SeedRecord, check_drawn
+from metagradient.descent.identity import of_objective, of_run
 from metagradient.descent.journal import Best, Journal, Position, checksum, described
 from metagradient.descent.seeds import MOST_NUMBERS, MOST_STEPS, fresh_seed, inner_seed
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
@@ -175,8 +176,10 @@ def descend(
         seed: seed of the inner seeds, from 0.
         out: directory of a journal; `metagradient.descent.journal` tells its files. Called again with the same one,
             `descend` goes on after the last meta-step that was done, wherever it was killed, and ends in the same bits.
-            `steps` and `patience` may differ from those that it was begun with; training, objectives and data are
-            taken to be the same, and are not compared.
+            `steps` and `patience` may differ from those that it was begun with. Whatever else differs is refused by
+            name: the programs of step, objective and `held_out`, T, the first and last batch, the initial state, z,
+            window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn. Batches in
+            between are not compared.
         tensorboard: write event files to `out/tensorboard`; needs `pip install 'metagradient[tensorboard]'`.
         options: as in `value_and_metagrad`, but for `vector`.
 
@@ -190,7 +193,8 @@ def descend(
         journal that is damaged. Later: those of `value_and_metagrad`; `StructureError` and `NonFiniteError` for what
         `update`, `project` or `held_out` return.
 
-    Cost: `seeds` metagradients a meta-step. With `out`, z twice and the update's memory are written in each.
+    Cost: `seeds` metagradients a meta-step. With `out`, z twice and the update's memory are written in each, and a
+        call traces the step and the objectives, and draws a training.
 
     Source: arXiv 2503.13751, section 3.
 
@@ -226,7 +230,12 @@ def descend(
     start = Position(0, z, strong(update.init(z)), None, segment if isinstance(segment, Segment) else None)
     journal = None
     if out is not None:
+        first: Any = training
+        if fresh:
+            first = training(inner_seed(seed, 0, 0))
+            check_drawn(first, inner_seed(seed, 0, 0))
         identity = {
+            "JAX": jax.__version__,
             "z": described(z),
             "checksum of the first z": checksum(z),
             "memory of the update": described(start.memory),
@@ -234,7 +243,9 @@ def descend(
             "training": "drawn by seed" if fresh else "fixed",
             "seed": seed,
             "seeds": seeds,
-            "held_out": "given" if held_out else "absent",
+            **of_run(first, z, options.get("window")),
+            "digest of the objective": of_objective(objective, first, z),
+            "held_out": of_objective(held_out, first, z),
             "window": options.get("window"),
             "segment": str(segment),
         }

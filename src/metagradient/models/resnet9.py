@@ -1,9 +1,9 @@
 """ResNet-9 for small images: smooth by default, standard by one call."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -124,7 +124,7 @@ class ResNet9:
         """
         totals, count = jax.tree.map(jnp.zeros_like, model_state), 0
         for x in inputs:
-            statistics = _batch_statistics(self, params, model_state, x)
+            statistics = self._batch_statistics(params, model_state, x)
             totals, count = jax.tree.map(jnp.add, totals, statistics), count + 1
         if not count:
             raise StructureError("ResNet9.recalibrate: no batch of inputs; give it at least one.")
@@ -163,6 +163,10 @@ class ResNet9:
         x = (x - used["mean"]) * (params["scale"] / jnp.sqrt(used["variance"] + self.epsilon)) + params["bias"]
         return (activation(x) if self.norm_before_activation else x), used
 
+    @cached_property
+    def _batch_statistics(self) -> Callable[[dict, dict, Array], dict]:
+        return jax.jit(lambda params, model_state, x: self._network(params, model_state, x, train=True)[1])
+
     def _pool2x2(self, x: Array) -> Array:
         batch, height, width, features = x.shape
         return _POOLINGS[self.pooling](x.reshape(batch, height // 2, 2, width // 2, 2, features), (2, 4))
@@ -173,11 +177,6 @@ def _log_mean_exp(x: Array, axes: tuple[int, int]) -> Array:
 
 
 _POOLINGS = {"max": jnp.max, "average": jnp.mean, "logsumexp": _log_mean_exp}
-
-
-@partial(jax.jit, static_argnums=0)
-def _batch_statistics(model: ResNet9, params: dict, model_state: dict, x: Array) -> dict:
-    return model._network(params, model_state, x, train=True)[1]
 
 
 def _block(draw: Array) -> dict:

@@ -48,7 +48,8 @@ class Traversal:
     _sizes: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.runner.on_read = self._read
+        # Of plain values: a runner that held this object would hold itself.
+        self.runner.on_read = _stamping(self.watch, self.replays, {-self.runner.before, len(self.runner) - 1})
 
     def rehearse(self, state: PyTree) -> None:
         """Walk the first segment once more than needed, so that the run proper is compared with it.
@@ -146,14 +147,8 @@ class Traversal:
         self.ticker("adjoint", len(steps))
         if self.careful and not np.all(pulled.finite):
             raise NonFiniteError(locate_in_adjoint(self.runner, i, kept, cotangent))
-        self.watch.cotangent(steps.start, pulled)
+        self.watch.cotangent(steps.start, pulled, last=i == 0)
         return pulled.cotangent, pulled.total
-
-    def _read(self, i: int, batches: PyTree, held: bool) -> None:
-        """Fingerprint batches that a replay will read again."""
-        # The first and the last segment always, so that every schedule compiles the same programs.
-        if (self.replays and not held) or i in (-self.runner.before, len(self.runner) - 1):
-            self.watch.batches(self.runner.steps(i).start, batches)
 
     def _size(self, kept: Kept, i: int) -> int:
         """Bytes of a kept segment: the same for all of one length."""
@@ -168,6 +163,17 @@ class Traversal:
         if self.careful and not_finite(self.runner, end):
             raise NonFiniteError(locate_in_segment(self.runner, i, start))
         self.watch.state(steps.stop, end, wait=wait)
+
+
+def _stamping(watch: Watch, replays: bool, ends: set[int]) -> Callable[[int, int, PyTree, bool], None]:
+    """Fingerprints the batches that a replay will read again."""
+
+    def stamp(i: int, step: int, batches: PyTree, held: bool) -> None:
+        # The first and the last segment always, so that every schedule compiles the same programs.
+        if (replays and not held) or i in ends:
+            watch.batches(step, batches)
+
+    return stamp
 
 
 def _constant(state: PyTree) -> Callable[[], PyTree]:

@@ -190,9 +190,6 @@ def sweep(
             outcome = _outcome(make(recipe), recipe, rates, slack, step, accuracy_seeds, gain_seeds, seed, at_once)
             if path:
                 append_text(path, json.dumps({"settings": settings, **vars(outcome)}) + "\n")
-            # No other recipe runs this one's programs. They take thousands of memory mappings, which a process may
-            # have 65,530 of on Linux: the compiler fails after 16 recipes ("LLVM compilation error").
-            jax.clear_caches()
         outcomes.append(outcome)
         if progress:
             progress(outcome)

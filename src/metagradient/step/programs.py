@@ -9,6 +9,7 @@ import jax
 
 from metagradient._jax import compiled
 from metagradient.fingerprint import fingerprint, finite
+from metagradient.layout import spread
 from metagradient.step.rule import Rule
 from metagradient.step.segment import Segment, advance_many, advance_one, pull_many, pull_one
 from metagradient.trees import PyTree, zeros
@@ -34,9 +35,9 @@ def shared(make: Callable[[Any], T], key: Any) -> T:
 
 
 def signature(*trees: PyTree) -> tuple[Hashable, ...]:
-    """Structure, shapes and dtypes of trees of arrays."""
+    """Structure, shapes and dtypes of trees of arrays, and how their types say that they are spread."""
     leaves, treedef = jax.tree.flatten(trees)
-    return treedef, *((x.shape, x.dtype) for x in leaves)
+    return treedef, *((x.shape, x.dtype, spread(x)) for x in leaves)
 
 
 class Form:
@@ -123,6 +124,11 @@ class Programs:
     def zeros(self) -> Callable[[PyTree], PyTree]:
         """Zeros like a tree."""
         return compiled(lambda tree: zeros(tree))
+
+
+def hold(owner: object, programs: Programs) -> None:
+    """Let an object hold programs, so that trainings of equal steps find them as long as it lives."""
+    vars(owner)["_held_programs"] = programs
 
 
 def programs_of(rule: Rule) -> Programs:

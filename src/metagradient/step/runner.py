@@ -31,7 +31,8 @@ class Runner:
         queries: whether cotangents have a leading axis of queries.
         begin: first step that is differentiated; segments are numbered from there, those before it negatively.
         hold_bytes: host memory for batches that were read, so that replays needn't read them again.
-        on_read: told of the batches of a segment that were read: its number, the batches, whether they are held.
+        on_read: told of the batches of a segment that were read: its number, its first step, the batches, and whether
+            they are held.
     """
 
     programs: Programs
@@ -41,7 +42,7 @@ class Runner:
     queries: bool = False
     begin: int = 0
     hold_bytes: int = 0
-    on_read: Callable[[int, Any, bool], None] | None = None
+    on_read: Callable[[int, int, Any, bool], None] | None = None
     forward_steps: int = field(default=0, init=False)
     adjoint_steps: int = field(default=0, init=False)
 
@@ -82,7 +83,7 @@ class Runner:
                 self._held[i] = read
                 self._held_bytes += size
             if self.on_read:
-                self.on_read(i, read, i in self._held)
+                self.on_read(i, steps.start, read, i in self._held)
         return self._last[1]
 
     def forget(self) -> None:

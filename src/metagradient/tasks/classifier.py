@@ -16,6 +16,7 @@ from metagradient.errors import ConfigError
 from metagradient.models import ResNet9
 from metagradient.models.convolution import Method
 from metagradient.objectives import MeanOver, mean_over
+from metagradient.step.programs import hold
 from metagradient.training import Training, TrainState
 from metagradient.trees import PyTree
 
@@ -133,7 +134,9 @@ class Classifier:
             raise ConfigError(f"the training set must hold at least a batch of {r.batch}")
         batches = EpochBatches({"x": images, "y": labels}, batch=r.batch, steps=r.steps, seed=seed, rows=rows)
         init = self.model.init(jax.random.key(seed))
-        return Training.from_loss(self._loss, self._optimizer, init, batches, has_model_state=True)
+        training = Training.from_loss(self._loss, self._optimizer, init, batches, has_model_state=True)
+        hold(self, training.programs)
+        return training
 
     def logits(self, state: TrainState, images: jax.Array) -> jax.Array:
         """What a trained network says of images, `[n, classes]`, in evaluation mode."""

@@ -16,6 +16,7 @@ from metagradient.data.image_text import Pool
 from metagradient.errors import ConfigError
 from metagradient.models.clip import CLIP, ConvolutionTower, TextTower, Transformer, VisionTower, contrastive_losses
 from metagradient.models.convolution import Method
+from metagradient.step.programs import hold
 from metagradient.tasks.classifier import one_cycle
 from metagradient.tasks.clip_rater import rated
 from metagradient.training import Training, TrainState
@@ -151,7 +152,9 @@ class PairTrainer:
             raise ConfigError(f"a training set of {count} pairs holds no batch of {r.batch}")
         batches = EpochBatches(arrays, batch=r.batch, steps=steps or r.steps, seed=seed, rows=rows)
         init = self.model.init(jax.random.key(seed))
-        return Training.from_loss(self.loss, self._optimizer, init, batches)
+        training = Training.from_loss(self.loss, self._optimizer, init, batches)
+        hold(self, training.programs)
+        return training
 
     @cached_property
     def loss(self) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:

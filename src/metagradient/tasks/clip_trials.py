@@ -15,6 +15,7 @@ from metagradient.descent.journal import whole_lines
 from metagradient.errors import DataError
 from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.means import standard_error
@@ -156,7 +157,7 @@ class Trials:
         n = len(self._arrays["text"])
         weights = jnp.ones(n) if arm.weights is None else jnp.asarray(arm.weights, jnp.float32)
         training = self._trainer.training(self._arrays, seed, rows=arm.rows, steps=steps)
-        return train(training, {"weights": PerExample(weights)})
+        return train(training, {"weights": PerExample(weights)}, segment=SINGLE_STEPS)
 
     def _measure(self, state: TrainState, on: Pool) -> dict[str, float]:
         images, texts = self._trainer.embedded(state, on)

@@ -15,6 +15,7 @@ from metagradient.errors import ConfigError
 from metagradient.models import Decoder
 from metagradient.models.lora import LoRA
 from metagradient.objectives import MeanOver, mean_over
+from metagradient.step.programs import hold
 from metagradient.tasks.classifier import one_cycle
 from metagradient.training import Batches, Training, TrainState
 from metagradient.trees import PyTree
@@ -129,7 +130,9 @@ class Tuner:
             raise ConfigError(f"a training set of {count} conversations doesn't hold a batch of {r.batch}")
         batches = EpochBatches(data.arrays, batch=r.batch, steps=r.steps, seed=seed, rows=rows)
         given = Beside(batches, self.beside) if self.lora else batches
-        return Training.from_loss(self._loss, self.optimizer, self.initial(seed), given)
+        training = Training.from_loss(self._loss, self.optimizer, self.initial(seed), given)
+        hold(self, training.programs)
+        return training
 
     def candidates(self, data: Encoded, rows: np.ndarray | None = None) -> Buckets:
         """Conversations once through, for `losses`: those at `rows`, or all."""

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._jax import compiled
 from metagradient.run import full_precision
 from metagradient.tasks.classifier import Classifier, normalised
 from metagradient.training import TrainState
@@ -56,10 +57,10 @@ def corrupted(
 
 def summed_gradient(classifier: Classifier, state: TrainState, images: np.ndarray, labels: np.ndarray) -> PyTree:
     """Gradient in the parameters of the summed loss, batch-norm statistics held: a pytree like the parameters."""
-    total = jax.tree.map(jnp.zeros_like, state.params)
+    total, gradient = jax.tree.map(jnp.zeros_like, state.params), compiled(partial(_gradient, classifier))
     with full_precision(False):
         for i in range(0, len(images), _CHUNK):
-            part = _gradient(classifier, state, images[i : i + _CHUNK], labels[i : i + _CHUNK])
+            part = gradient(state, images[i : i + _CHUNK], labels[i : i + _CHUNK])
             total = jax.tree.map(jnp.add, total, part)
     return total
 
@@ -93,18 +94,18 @@ def cancel(
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     x, box = jnp.asarray(images), jnp.asarray(inside)
+    toward = compiled(partial(value_and_pixel_gradient, classifier))
     memory, left = optimizer.init(x), []
     whole = optax.tree.norm(clean)
     with full_precision(False):
         for _ in range(steps):
-            value, gradient = value_and_pixel_gradient(classifier, state, clean, x, labels)
+            value, gradient = toward(state, clean, x, labels)
             changes, memory = optimizer.update(gradient, memory)
             x = jnp.clip(jnp.asarray(optax.apply_updates(x, changes)), 0, box)
             left.append(jnp.sqrt(2 * value) / whole)
     return np.asarray(x), np.asarray(left, np.float32)
 
 
-@partial(jax.jit, static_argnums=0)
 def value_and_pixel_gradient(
     classifier: Classifier, state: TrainState, clean: PyTree, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +124,6 @@ def value_and_pixel_gradient(
     return jnp.asarray(value), gradient
 
 
-@partial(jax.jit, static_argnums=0)
 def _gradient(classifier: Classifier, state: TrainState, images: jax.Array, labels: jax.Array) -> PyTree:
     return jax.grad(lambda params: _summed_loss(classifier, replace(state, params=params), labels, images))(
         state.params

@@ -16,7 +16,7 @@ from metagradient.descent.loop import descend
 from metagradient.descent.seeds import fresh_seed
 from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
-from metagradient.step.segment import Segment
+from metagradient.step.segment import SINGLE_STEPS, Segment
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared
@@ -93,7 +93,9 @@ def _held_out(
     for seed in (fresh_seed(config.seed, _CHOOSING + i) for i in range(config.choosing)):
         if seed not in found:
             rows = np.repeat(np.arange(len(counts)), counts)
-            found[seed] = float(loss(train(task.tuner.training(task.pool, seed, rows=rows), {}), {}))
+            found[seed] = float(
+                loss(train(task.tuner.training(task.pool, seed, rows=rows), {}, segment=SINGLE_STEPS), {})
+            )
             append_text(path, json.dumps({"step": step, "seed": seed, "held_out": found[seed]}) + "\n")
     return float(np.mean(list(found.values())))
 

@@ -16,6 +16,7 @@ from metagradient.descent.journal import whole_lines
 from metagradient.descent.seeds import fresh_seed
 from metagradient.files import append_text, write_text
 from metagradient.report.page import write
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks import less
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.finetuning import Tuner
@@ -147,7 +148,7 @@ def _measured(
         for arm, rows in selections.items():
             if (arm, seed) in done:
                 continue
-            state = train(task.tuner.training(task.pool, seed, rows=rows), {})
+            state = train(task.tuner.training(task.pool, seed, rows=rows), {}, segment=SINGLE_STEPS)
             _add(path, lines, {"arm": arm, "seed": seed, **_scores(config, task, state.params)})
     return lines
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._jax import compiled
 from metagradient.data.images import Images
 from metagradient.optional import library
 from metagradient.tasks.classifier import Classifier
@@ -38,12 +39,9 @@ def gradient_cosine(classifier: Classifier, state: TrainState, pool: Images, tar
     """
     assert pool.observed is not None
     mean = _mean_gradient(classifier, state, target)
-    chunks = range(0, len(pool), _CHUNK)
+    cosines, chunks = compiled(partial(_cosines, classifier)), range(0, len(pool), _CHUNK)
     return np.concatenate(
-        [
-            np.asarray(_cosines(classifier, state, pool.images[i : i + _CHUNK], pool.observed[i : i + _CHUNK], mean))
-            for i in chunks
-        ]
+        [np.asarray(cosines(state, pool.images[i : i + _CHUNK], pool.observed[i : i + _CHUNK], mean)) for i in chunks]
     )
 
 
@@ -95,7 +93,6 @@ def _mean_gradient(classifier: Classifier, state: TrainState, images: Images) ->
     return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(loss)(state.params))])
 
 
-@partial(jax.jit, static_argnames="classifier")
 def _cosines(classifier: Classifier, state: TrainState, images: Any, labels: Any, mean: jax.Array) -> jax.Array:
     gradients = jax.vmap(lambda x, y: _flat_gradient(classifier, state, x, y))(images, labels)
     norms = jnp.linalg.norm(gradients, axis=1) * jnp.linalg.norm(mean)

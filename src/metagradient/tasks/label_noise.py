@@ -25,6 +25,7 @@ from metagradient.metaparameters import PerExample
 from metagradient.models import MLP, ResNet9
 from metagradient.report.figures import least_trusted, lines, weights_by_group
 from metagradient.report.page import Page, Section, Table, write
+from metagradient.step.programs import hold
 from metagradient.step.segment import Segment
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
@@ -108,7 +109,9 @@ class _Recipe:
         c = self.config
         batches = EpochBatches(data, batch=c.batch, steps=c.steps, seed=seed, rows=arm.rows)
         init = self.model.init(jax.random.key(seed))
-        return Training.from_loss(self.loss, self.optimizer, init, batches, has_model_state=True)
+        training = Training.from_loss(self.loss, self.optimizer, init, batches, has_model_state=True)
+        hold(self, training.programs)
+        return training
 
     def logits(self, state: TrainState, images: np.ndarray) -> jax.Array:
         """What a trained model says of images, in evaluation mode."""

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._jax import compiled
 from metagradient._train import train
 from metagradient.data.chat import Buckets, Encoded
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.finetuning import MULTIPLE, Tuner
 from metagradient.training import TrainState
 from metagradient.trees import PyTree
@@ -43,7 +45,7 @@ def warmed_up(tuner: Tuner, pool: Encoded, share: float, epochs: int, seed: int)
     found = []
     for epoch in range(epochs):
         steps = range((epoch + 1) * an_epoch)
-        state = train(replace(training, batches=[training.batches[t] for t in steps]), {})
+        state = train(replace(training, batches=[training.batches[t] for t in steps]), {}, segment=SINGLE_STEPS)
         found.append((state, float(rates[epoch])))
     return found
 
@@ -87,10 +89,11 @@ def _projected(
     signs = jnp.asarray(random.choice(np.array([-1, 1], np.float32), sum(sizes)))
     found = np.empty((len(data), dimension), np.float32)
     moments = _moments(state) if by_adam else None
+    sketch = compiled(partial(_sketched, tuner), static_argnames="dimension")
     for batch in Buckets(data, _AT_ONCE, MULTIPLE, None, tuner.beside):
         given = {name: batch[name] for name in ("tokens", "targets", "weights")}
         beside = {name: batch[name] for name in tuner.beside}
-        found[batch["index"]] = _sketched(tuner, state.params, moments, given, beside, places, signs, dimension)
+        found[batch["index"]] = sketch(state.params, moments, given, beside, places, signs, dimension=dimension)
     return found
 
 
@@ -104,7 +107,6 @@ def _is_adam(x: PyTree) -> bool:
     return isinstance(x, optax.ScaleByAdamState)
 
 
-@partial(jax.jit, static_argnames=("tuner", "dimension"))
 def _sketched(
     tuner: Tuner,
     params: PyTree,

@@ -22,6 +22,7 @@ from metagradient.errors import ConfigError
 from metagradient.files import write_text
 from metagradient.metaparameters import PerExample
 from metagradient.report.page import write
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
@@ -135,7 +136,7 @@ class Prepared:
     def trained(self, arm: Arm, seed: int) -> TrainState:
         """The final state of a training on an arm."""
         training = self.classifier.training(self.images, arm.labels, seed, rows=arm.rows)
-        return train(training, {"weights": PerExample(jnp.asarray(arm.weights))})
+        return train(training, {"weights": PerExample(jnp.asarray(arm.weights))}, segment=SINGLE_STEPS)
 
 
 def run(config: NoisyLabels, *, resume: bool = False) -> dict[str, float]:

@@ -23,6 +23,7 @@ from metagradient.descent.seeds import fresh_seed
 from metagradient.errors import ConfigError, DataError
 from metagradient.metaparameters import PerExample
 from metagradient.report.page import write
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.classifier import ROUGH, Classifier, Recipe
 from metagradient.tasks.directory import RunDirectory, free_directory
 from metagradient.tasks.following import follow
@@ -356,7 +357,7 @@ def _print(result: dict[str, float], directory: RunDirectory) -> None:
 
 
 def _train(classifier: Classifier, images: Images, seed: int) -> TrainState:
-    return train(classifier.training(images.images, images.labels, seed), {})
+    return train(classifier.training(images.images, images.labels, seed), {}, segment=SINGLE_STEPS)
 
 
 def _loss(scores: np.ndarray, labels: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from metagradient.data.vocabulary import TOKENIZER, trained
 from metagradient.errors import ConfigError, DataError
 from metagradient.files import replace_file
 from metagradient.models import Decoder, checkpoints
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.classifier import one_cycle
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -95,7 +96,7 @@ def pretrain(config: Pretraining, texts: Sequence[str], marks: tuple[str, ...], 
 
     batches = EpochBatches({"tokens": windows}, batch=config.batch, steps=config.steps, seed=seed)
     params, _ = model.init(jax.random.key(seed))
-    state = train(Training.from_loss(loss, optimizer, params, batches), {}, progress=True)
+    state = train(Training.from_loss(loss, optimizer, params, batches), {}, segment=SINGLE_STEPS, progress=True)
     checkpoints.save(model, state.params, directory)
     replace_file(directory / TOKENIZER, lambda partial: tokenizer.save(str(partial)))
 
