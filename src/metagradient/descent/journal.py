@@ -162,7 +162,11 @@ class Journal:
         self._before = length, checksum
         self._count(header["line"])
         timings = self.directory / TIMINGS
-        kept = [t for t in read_lines(timings) if t["step"] < header["step"]]
+        try:
+            taken = read_lines(timings)
+        except StoreError as error:
+            raise StoreError(f"{error}. It holds nothing but timings: remove it, and the descent goes on") from error
+        kept = [t for t in taken if isinstance(t.get("step"), int) and t["step"] < header["step"]]
         write_text(timings, "".join(json.dumps(t) + "\n" for t in kept))
 
     def _count(self, line: str) -> None:
@@ -171,9 +175,22 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of `records.jsonl` or `timings.jsonl`, but for a last one that is torn; none where it is absent."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """The lines of `records.jsonl` or `timings.jsonl`, but for a last one that is torn; none where it is absent.
+
+    Errors: `StoreError` for a whole line that isn't a JSON object: no kill makes one.
+    """
+    *lines, _torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
+    return [_object(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line.decode())
+    except ValueError as error:
+        raise StoreError(f"{path} was changed on disk: line {number} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{path} was changed on disk: line {number} is no JSON object")
+    return found
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
