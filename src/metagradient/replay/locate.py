@@ -1,6 +1,7 @@
 """Where something not finite first appeared: the search behind the error, once a run has failed."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:
         bad = not_finite(runner, new)
         if bad:
             return (
-                f"step {t} made {names(bad)} of the state non-finite (the state before it was finite). Lower the "
-                "learning rate, clip gradients, or look for a log, root or division at zero in the loss"
+                f"step {t} made {names(bad)} of the state non-finite (the state before it was finite). "
+                f"{_divided(new) or _LOWER}"
             )
         state = new
     return f"the state became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
@@ -46,6 +47,8 @@ def locate_in_adjoint(runner: Runner, i: int, kept: Kept, cotangent: Cotangent) 
     return f"a cotangent became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
 
 
+_LOWER = "Lower the learning rate, clip gradients, or look for a log, root or division at zero in the loss"
+
 # Of optimiser states by name: the root's argument, who holds it, and what keeps it from zero.
 _ADAM = "nu", "Adam", "an eps_root (1e-8 or more; larger is smoother)"
 _RMS = "nu", "rmsprop", "eps_in_sqrt=True and an eps of 1e-8 or more, or an initial_scale"
@@ -56,21 +59,45 @@ _SECOND_MOMENTS = {
 }
 
 
-def _remedy(after: PyTree) -> str:
+@dataclass(frozen=True)
+class _Zeros:
+    """A second moment of the optimiser's that holds zeros: where, of which leaf, and what keeps it from them."""
+
+    path: str
+    leaf: str
+    moment: jax.Array
+    remedy: str
+
+
+def _zeros(state: PyTree) -> Iterator[_Zeros]:
     def holds(node: Any) -> bool:
         return isinstance(node, tuple) and hasattr(node, _SECOND_MOMENTS.get(type(node).__name__, _ADAM)[0])
 
-    for path, node in jax.tree.leaves_with_path(after, is_leaf=holds):
-        if not holds(node):
-            continue
-        attribute, name, remedy = _SECOND_MOMENTS.get(type(node).__name__, _ADAM)
-        moments = paths(getattr(node, attribute))
-        zero = next((leaf for leaf, x in moments if is_floating(x) and bool((x == 0).any())), None)
-        if zero:
-            return (
-                f"The optimiser's second moment {jax.tree_util.keystr(path)}.{attribute}{zero} holds zeros, where the "
-                f"derivative of its root is infinite: give {name} {remedy}"
-            )
+    for path, node in jax.tree.leaves_with_path(state, is_leaf=holds):
+        if holds(node):
+            attribute, name, remedy = _SECOND_MOMENTS.get(type(node).__name__, _ADAM)
+            for leaf, x in paths(getattr(node, attribute)):
+                if is_floating(x) and bool((x == 0).any()):
+                    yield _Zeros(f"{jax.tree_util.keystr(path)}.{attribute}{leaf}", leaf, x, f"give {name} {remedy}")
+
+
+def _divided(new: PyTree) -> str | None:
+    """The remedy where entries of a state are not finite, and a second moment is zero at just those."""
+    for zero in _zeros(new):
+        for path, x in paths(new):
+            like = path.endswith(zero.leaf) and x.shape == zero.moment.shape and is_floating(x)
+            if like and bool((~jnp.isfinite(x) & (zero.moment == 0)).any()):
+                return f"The optimiser's second moment {zero.path} holds zeros, and it divides by them: {zero.remedy}"
+    return None
+
+
+def _remedy(after: PyTree) -> str:
+    zero = next(_zeros(after), None)
+    if zero:
+        return (
+            f"The optimiser's second moment {zero.path} holds zeros, where the derivative of its root is infinite: "
+            f"{zero.remedy}"
+        )
     return (
         "The step is finite but its derivative isn't: look for a root, norm, log or division at zero in the loss or "
         "the optimiser; Adam needs eps_root > 0"
