@@ -134,6 +134,11 @@ def stopped_gradients(program: Program) -> list[str]:
     return _places(e for e in equations(program) if e.primitive.name == "stop_gradient")
 
 
+def places(program: Program, primitive: str) -> list[str]:
+    """Where the program has equations of a primitive, as `file:line (function)`."""
+    return _places(e for e in equations(program) if e.primitive.name == primitive)
+
+
 def own_rules(program: Program) -> list[str]:
     """Where the program holds a derivative rule that somebody wrote, and that isn't JAX's or marked as true.
 

@@ -137,7 +137,8 @@ class Metagradient:
             first = signature(z) not in self._checked
             run = Run.prepared(self.training, z, self._window, first=first)
             if first:
-                check_objective(self.objective, self._vector, run.state, z)
+                check_objective(self.objective, self._vector, run.state, z, self.programs)
+                run.check_derivatives(z)
             segment, schedule = self._choose(run)
             self._checked.add(signature(z))
             try:
@@ -253,7 +254,8 @@ def value_and_metagrad(
         also tells what it took.
 
     Errors, before compute wherever they can be known: `StructureError` (z, state or objective of the wrong kind),
-        `BatchError` (batches empty, uneven, changing, or with a bad index), `PrecisionError`, `ImpureStepError`. Later:
+        `BatchError` (batches empty, uneven, changing, or with a bad index), `PrecisionError`, `ImpureStepError`,
+        `DerivativeError` (a loss, step or objective that JAX can't differentiate). Later:
         `ReplayMismatch` (a replay differs from the first run), `NonFiniteError` (with step and leaf).
 
     Cost: T steps and T adjoints (about two to three plain steps each), and the schedule's replays: none for `KeepAll`,

@@ -19,13 +19,33 @@ from metagradient.trees import PyTree, is_floating, strong
 class _Kind:
     value: Any
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _listed(self.value, type(self).__name__))
+
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         return ((jax.tree_util.GetAttrKey("value"), self.value),), None
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: tuple[Any]) -> Self:
+        # The value may be anything here (None, shapes, a pair of what it was mapped to): no checks.
         del aux
-        return cls(*children)
+        self = object.__new__(cls)
+        object.__setattr__(self, "value", children[0])
+        return self
+
+
+def _listed(value: Any, kind: str) -> Any:
+    """A value as it is, or the array that a list of numbers makes."""
+    if not isinstance(value, list | tuple):
+        return value
+    try:
+        traced = any(isinstance(x, jax.Array) for x in jax.tree.leaves(value))
+        array = jnp.asarray(value) if traced else np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise StructureError(f"{kind} takes one array of numbers, not {value!r:.80}: {error}") from error
+    if array.dtype.kind in "OUSMm":
+        raise StructureError(f"{kind} takes one array of numbers, not {value!r:.80}")
+    return array
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -100,6 +120,7 @@ class PerExample(_Kind):
     _rows: _Rows | None = None
 
     def __init__(self, value: Any, rows: Any = None):
+        value = _listed(value, "PerExample")
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "_rows", rows if rows is None or isinstance(rows, _Rows) else _Rows(rows))
         if self._rows is not None and hasattr(value, "shape") and value.shape[:1] != self._rows.ids.shape:
@@ -149,14 +170,22 @@ def canonical(z: PyTree) -> PyTree:
         name = f"z{jax.tree_util.keystr(path)}"
         try:
             leaf = strong(leaf)
-        except TypeError as error:
-            raise StructureError(f"{name} is not an array: {error}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise StructureError(
+                f"{name} is not an array: {str(error).rstrip('.')}. A metaparameter is a floating array; keep names, "
+                "functions and other settings outside z"
+            ) from error
         if not is_floating(leaf):
             raise StructureError(f"{name} is {leaf.dtype}: a metaparameter must be floating to have a gradient")
         return leaf
 
     z = jax.tree.map_with_path(convert, z)
     for path, kind in jax.tree.flatten_with_path(z, is_leaf=is_kind)[0]:
+        if is_kind(kind) and not isinstance(kind.value, jax.Array):
+            raise StructureError(
+                f"z{jax.tree_util.keystr(path)} is {type(kind).__name__} of a {type(kind.value).__name__}, expected "
+                "one array: give every array a kind of its own"
+            )
         if isinstance(kind, PerExample) and not kind.value.ndim:
             raise StructureError(f"z{jax.tree_util.keystr(path)} is PerExample, but has no axis of examples")
     return z

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from metagradient._jax import compiled, convolves, trace
 from metagradient.errors import StructureError
 from metagradient.examples import Examples, checked, holds_examples
+from metagradient.step.explain import Call, explained
 from metagradient.step.feed import array, check_leaves, check_source
 from metagradient.step.programs import shared
 from metagradient.step.rule import Cotangent
@@ -55,8 +56,8 @@ def mean_over(
 
     Returns: an objective `(state, z) -> scalar`. Its value and cotangent are summed a batch at a time.
 
-    Errors: `StructureError` for an empty sequence, `BatchError` for one that can't be read again; `StructureError` where a batch doesn't
-        tell how many examples it holds.
+    Errors: `StructureError` for an empty sequence, or where a batch doesn't tell how many examples it holds;
+        `BatchError` for one that can't be read again.
 
     Cost: a loss and its gradient a batch; the memory of one batch. A compilation for every different batch shape.
 
@@ -148,9 +149,18 @@ def value_and_pull_back(
     return value, cotangent, jax.tree.map(lambda x: jnp.zeros((*value.shape, *x.shape), x.dtype), z)
 
 
-def check_objective(objective: Callable[..., Any], queries: bool, state: PyTree, z: PyTree) -> None:
-    """Raise `StructureError` unless the objective returns a floating scalar (or vector, with `queries`)."""
-    out = jax.eval_shape(lambda s, z: objective(s, z), state, z)
+def check_objective(
+    objective: Callable[..., Any], queries: bool, state: PyTree, z: PyTree, programs: ObjectivePrograms | None = None
+) -> None:
+    """Raise `StructureError` unless the objective returns a floating scalar (or vector, with `queries`).
+
+    With its programs, `DerivativeError` where it can't be differentiated: a trace that a call then needn't repeat.
+    """
+    call = Call("objective", objective, ("state", "z"))
+    if isinstance(objective, MeanOver):
+        call = Call("loss of mean_over", objective.loss, ("state", "batch"))
+    with explained(call):
+        out = jax.eval_shape(lambda s, z: objective(s, z), state, z)
     shape = getattr(out, "shape", None)
     if shape is None or len(shape) != (1 if queries else 0) or not jnp.issubdtype(out.dtype, jnp.floating):
         found = f"{out.dtype}{list(shape)}" if shape is not None else jax.tree.structure(out)
@@ -158,3 +168,8 @@ def check_objective(objective: Callable[..., Any], queries: bool, state: PyTree,
         raise StructureError(
             f"the objective returned {found}, expected {wanted}" + ("" if queries else "; vector=True allows a vector")
         )
+    if programs:
+        over = isinstance(objective, MeanOver)
+        data = ((), jax.tree.map(array, objective.batches[0])) if over else (z,)
+        with explained(call, program=lambda: trace(programs.function, state, *data)[0]):
+            programs.value_and_pull_back.eval_shape(queries, state, *data)  # pyright: ignore[reportFunctionMemberAccess]

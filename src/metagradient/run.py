@@ -8,16 +8,18 @@ from typing import Self
 import jax
 import numpy as np
 
+from metagradient._jax import trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
 from metagradient.metaparameters import check_steps, index_bound, needs_index, wrapped
 from metagradient.step.choose import choose
 from metagradient.step.contract import Contract
+from metagradient.step.explain import Call, bare_arrays_explained, explained
 from metagradient.step.feed import Feed
 from metagradient.step.programs import Programs, signature
 from metagradient.step.runner import Runner
 from metagradient.step.segment import Segment
 from metagradient.training import Training
-from metagradient.trees import PyTree
+from metagradient.trees import PyTree, floating
 
 _PRECISE = ("highest", "float32")
 
@@ -70,8 +72,21 @@ class Run:
                 )
         contract = Contract(programs, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
         if first:
-            contract.check()
+            with bare_arrays_explained(z, feed.first, steps):
+                contract.check()
         return cls(training, kinds, feed, state, contract, 0 if window is None else steps - window)
+
+    def check_derivatives(self, z: PyTree) -> None:
+        """Raise `DerivativeError` or `StructureError` where its start or its steps can't be differentiated in z."""
+        self.contract.check_adjoint()
+        if self.training.starts_from_z and not self.begin:
+            call = Call("init function", self.training.init, ("z",))
+            with explained(call, program=lambda: trace(self.training.initial, z)[0]):
+                jax.eval_shape(self._pulled_start, z)
+
+    def _pulled_start(self, z: PyTree) -> PyTree:
+        values, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
+        return vjp(values)
 
     @property
     def programs(self) -> Programs:

@@ -4,19 +4,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from metagradient.errors import StructureError
 from metagradient.examples import checked
 from metagradient.metaparameters import needs_index, slices, wrapped
+from metagradient.start import arrays, check_parameters, is_function, started
+from metagradient.step.explain import pair
 from metagradient.step.feed import check_source
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import check_optimizer, is_optimizer
 from metagradient.step.programs import Programs, programs_of
 from metagradient.step.rule import Rule, WrittenStep
-from metagradient.trees import PyTree, strong
+from metagradient.trees import PyTree
 
 __all__ = ["Batches", "TrainState", "Training"]
 
@@ -95,11 +96,11 @@ class Training:
             batches: as in `Training`.
             microbatches: m >= 1; the loss is called on m equal slices of the batch and results averaged (losses,
                 gradients, floating model state). The numbers are those of m = 1 wherever the loss is a mean over
-                examples; the memory is that of a slice. Leaves of the batch that hold no examples (class weights, a step's
-                key) go whole to every slice: the same key to each.
+                examples; the memory is that of a slice. Leaves of the batch that hold no examples (class weights, a
+                step's key) go whole to every slice: the same key to each.
             examples: which leaves of a batch hold examples along their first axis: names of its entries
-                (`("x", "y")`), or `batch -> n` for all that are n long. None: those as long as `batch["index"]`; without
-                one, all with an axis, which must be of one length. Read where micro-batches are cut.
+                (`("x", "y")`), or `batch -> n` for all that are n long. None: those as long as `batch["index"]`;
+                without one, all with an axis, which must be of one length. Read where micro-batches are cut.
             has_model_state: the loss carries batch-norm statistics, keys or counters.
             per_example: the loss returns one loss an example.
             allow_low_precision: as in `Training`.
@@ -114,12 +115,16 @@ class Training:
         step = LossStep(loss, optimizer, microbatches, has_model_state, per_example, checked(examples))
 
         def start(z: PyTree) -> TrainState:
-            given = init(z) if is_function(init) else init
-            params, model_state = given if has_model_state else (given, None)
+            given = started(init, z)
+            params, model_state = given, None
+            if has_model_state:
+                params, model_state = pair(given, "init must be (params, model_state)")
+            params, model_state = arrays("params", params), arrays("model_state", model_state)
+            check_parameters(params)
             first = None
             if not is_optimizer(optimizer):
                 first = slices(wrapped(z), jnp.zeros((), jnp.int32), batches[0]["index"] if needs_index(z) else None)
-            return step.initial(strong(params), strong(model_state), first)
+            return step.initial(params, model_state, first)
 
         fixed = not is_function(init) and is_optimizer(optimizer)
         return cls(start(None) if fixed else start, step, batches, allow_low_precision=allow_low_precision)
@@ -136,9 +141,4 @@ class Training:
 
     def initial(self, z: PyTree) -> PyTree:
         """The state before the first step, with strongly typed leaves."""
-        return strong(self.init(z) if self.starts_from_z else self.init)
-
-
-def is_function(init: Any) -> bool:
-    """Whether `init` is `z -> state`, and not a pytree that happens to be callable (an equinox module)."""
-    return callable(init) and jax.tree.leaves(init) == [init]
+        return arrays("state", started(self.init, z, self.rule.calls))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from metagradient._jax import digest, lowered_precision, trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
 from metagradient.metaparameters import needs_index, slices
+from metagradient.step.explain import explained
 from metagradient.step.programs import Programs, signature
 from metagradient.trees import PyTree, is_floating, mismatch, paths
 
@@ -26,21 +27,35 @@ class Contract:
     def __init__(self, programs: Programs, state: PyTree, batch: PyTree, z: PyTree, *, allow_low_precision: bool):
         arguments, rule = _shapes((state, z, batch)), programs.rule
 
-        def step(state: PyTree, z: PyTree, batch: PyTree) -> PyTree:
-            index = batch["index"] if needs_index(z) else None
-            return rule.advance(state, batch, slices(z, jnp.int32(0), index))[0]
+        def first(function: Callable[..., Any]) -> Callable[..., Any]:
+            """A function `(state, batch, z_t)` at the first step."""
+
+            def called(state: PyTree, z: PyTree, batch: PyTree) -> Any:
+                index = batch["index"] if needs_index(z) else None
+                return function(state, batch, slices(z, jnp.int32(0), index))
+
+            return called
+
+        def step(*arguments: PyTree) -> PyTree:
+            return rule.advance(*arguments)[0]
 
         self._digests = programs.digests
         self._key = signature(arguments)
         self._state = arguments[0]
         self._allow_low_precision = allow_low_precision
-        self._trace: Callable[[], Any] = lambda: trace(step, *arguments)
+        self._trace: Callable[[], Any] = lambda: trace(first(step), *arguments)
+        self._adjoint: Callable[[], Any] = lambda: jax.eval_shape(first(rule.check_adjoint), *arguments)
+        self._explained = lambda: explained(*rule.calls, program=lambda: trace(first(rule.value), *arguments)[0])
 
     def check(self) -> None:
-        """Raise `StructureError`, `PrecisionError` or `ImpureStepError` for a step that can't be differentiated."""
+        """Raise `StructureError`, `PrecisionError` or `ImpureStepError` for a step that can't be replayed.
+
+        `DerivativeError` for a loss that has no gradient.
+        """
         if not jax.tree.leaves(self._state):
             raise StructureError("the initial state has no leaves: there is nothing to train")
-        closed, after = self._trace()
+        with self._explained():
+            closed, after = self._trace()
         problem = mismatch(self._state, after)
         if problem:
             raise StructureError(f"the step must return a state like the one it got, but {problem}")
@@ -49,6 +64,11 @@ class Contract:
         if self._key not in self._digests:
             self._digests[self._key] = self._retraced()
         self.recheck(digest(closed))
+
+    def check_adjoint(self) -> None:
+        """Raise `DerivativeError` for a step that can't be pulled back through, where one trace tells."""
+        with self._explained():
+            self._adjoint()
 
     def recheck(self, found: str | None = None) -> None:
         """Raise `ImpureStepError` if the step no longer traces to the program that it first was."""

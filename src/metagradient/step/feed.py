@@ -21,8 +21,8 @@ def check_source(batches: Any) -> None:
         raise BatchError(f"batches is {batches!r}: give a sequence of pytrees of arrays, one for each step")
     if isinstance(batches, dict):
         raise BatchError(
-            "batches is a dictionary: give a sequence of dictionaries, one for each step. Of stacked arrays make one by "
-            "[{name: x[t] for name, x in stacked.items()} for t in range(steps)]"
+            "batches is a dictionary: give a sequence of dictionaries, one for each step. Of stacked arrays make one "
+            "by [{name: x[t] for name, x in stacked.items()} for t in range(steps)]"
         )
     if hasattr(batches, "shape"):
         raise BatchError("batches is an array: give a sequence of pytrees of arrays, [{'x': x} for x in array]")
@@ -36,7 +36,7 @@ def check_source(batches: Any) -> None:
 
 def array(x: Any) -> Any:
     """A leaf of a batch as the array that it is, or that numpy makes of it."""
-    return x if hasattr(x, "dtype") else np.asarray(x)
+    return x if isinstance(x, jax.Array) or isinstance(getattr(x, "dtype", None), np.dtype) else np.asarray(x)
 
 
 def check_leaves(name: str, batch: PyTree) -> None:
@@ -44,11 +44,16 @@ def check_leaves(name: str, batch: PyTree) -> None:
     if batch is None:
         raise BatchError(f"{name} is None: give a pytree of arrays, {{}} for a step that reads none")
     for path, leaf in paths(batch):
-        if not is_key(leaf) and leaf.dtype.kind in "OUSMmV" and not jnp.issubdtype(leaf.dtype, jnp.number):
+        # Of kind V are records, and numbers that numpy doesn't know.
+        if not is_key(leaf) and (leaf.dtype.kind in "OUSMm" or not _is_number(leaf)):
             raise BatchError(
                 f"{name}{path} is {leaf.dtype}: a batch holds numbers. Encode strings, dates and objects as numbers, "
                 "and pad what is ragged"
             )
+
+
+def _is_number(x: Any) -> bool:
+    return x.dtype.kind != "V" or jnp.issubdtype(x.dtype, jnp.number)
 
 
 def _copy(x: Any) -> Any:
@@ -157,8 +162,8 @@ class Feed:
         index, lengths = batch["index"], [x.shape[0] for name, x in batch.items() if name != "index" and _has_axis(x)]
         if _has_axis(index) and len(lengths) > 1 and set(lengths) == {max(lengths)} and index.shape[0] < lengths[0]:
             raise BatchError(
-                f'batches[0]["index"] has {index.shape[0]} ids, but the batch holds {lengths[0]} examples: every example '
-                "needs its id"
+                f'batches[0]["index"] has {index.shape[0]} ids, but the batch holds {lengths[0]} examples: every '
+                "example needs its id"
             )
 
 

@@ -21,7 +21,8 @@ from metagradient.step.adjoint import (
     linearised_gradient,
     reversed_gradient,
 )
-from metagradient.step.optimizer import first_state, optimizer_of, updated
+from metagradient.step.explain import Call, pair, value_of_loss
+from metagradient.step.optimizer import first_state, is_optimizer, optimizer_of, updated
 from metagradient.step.rule import Adjoint, Choices, Cotangent, Keep, Rule
 from metagradient.step.rules import Held
 from metagradient.trees import PyTree, add, floating, is_floating, paths
@@ -71,6 +72,13 @@ class LossStep:
     def __call__(self, state: TrainState, batch: PyTree, z: PyTree) -> TrainState:
         """`(state, batch, z_t) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
         return self.advance(state, batch, wrapped(z))[0]
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The loss, and what makes an optimiser of z."""
+        takes = ("params", "model_state") if self.has_model_state else ("params",)
+        made = () if is_optimizer(self.optimizer) else (Call("optimizer", self.optimizer, ("z_t",)),)
+        return Call("loss", self.loss, (*takes, "batch", "z_t")), *made
 
     def initial(self, params: PyTree, model_state: PyTree, z: PyTree) -> TrainState:
         """The state before the first step; `z` is the first step's slice."""
@@ -222,12 +230,20 @@ class LossStep:
 
     def _held(self, state: TrainState, batch: PyTree, z: PyTree) -> Held:
         """What one call of the loss holds."""
+        return Held.of(trace(self.value, state, batch, z)[0])
 
-        def called(state: TrainState, batch: PyTree, z: PyTree) -> PyTree:
+    def value(self, state: TrainState, batch: PyTree, z: PyTree) -> PyTree:
+        """The loss and the new model state, of the first micro-batch."""
+        batch, z = (batch, z) if self.microbatches == 1 else self._parts(batch, z)(0)
+        return self._loss(state.params, state.model_state, batch, z)
+
+    def check_adjoint(self, state: TrainState, batch: PyTree, z: PyTree) -> None:
+        """A gradient that could be traced can be differentiated, unless rules of the loss's own can't."""
+        held = self._held(state, batch, z)
+        if held.rules:
             batch, z = (batch, z) if self.microbatches == 1 else self._parts(batch, z)(0)
-            return self._loss(state.params, state.model_state, batch, z)
-
-        return Held.of(trace(called, state, batch, z)[0])
+            loss, statistics = self._floating_loss(state, batch)
+            self._reverses(loss, state.params, statistics, z)
 
     def _value_read(self, state: TrainState, z: PyTree) -> bool:
         """Whether the optimiser reads the loss itself."""
@@ -248,15 +264,11 @@ class LossStep:
 
     def _loss(self, params: PyTree, model_state: PyTree, batch: PyTree, z: PyTree) -> tuple[jax.Array, PyTree]:
         if self.has_model_state:
-            value, model_state = self.loss(params, model_state, batch, bare(z))
+            found = self.loss(params, model_state, batch, bare(z))
+            value, model_state = pair(found, "the loss must return (value, model_state)")
         else:
             value = self.loss(params, batch, bare(z))
-        if self.per_example != (jnp.ndim(value) == 1):
-            raise StructureError(
-                f"loss returned shape {jnp.shape(value)}, expected "
-                + ("one loss an example, a vector (per_example=True)" if self.per_example else "a scalar")
-            )
-        return jnp.mean(value), model_state
+        return jnp.mean(value_of_loss(value, self.per_example)), model_state
 
     def _floating_loss(self, state: TrainState, batch: PyTree) -> tuple[Loss, tuple]:
         """The loss as a function of floating leaves alone, and the floating leaves of the model state."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from metagradient._jax import convolves, trace
 from metagradient.metaparameters import bare
+from metagradient.step.explain import Call
 from metagradient.trees import PyTree, floating
 
 Cotangent: TypeAlias = tuple[jax.Array, ...]
@@ -49,6 +50,15 @@ class Rule(Protocol):
         """What `advance` leaves for `pull_back`."""
         ...
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The functions of the user's that it calls."""
+        ...
+
+    def value(self, state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
+        """What the first of them returns, undifferentiated."""
+        ...
+
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """`(state, batch, z_t) -> (next state, kept)`."""
         ...
@@ -59,6 +69,10 @@ class Rule(Protocol):
 
     def formed(self, keep: Keep, unroll: bool) -> "Rule":
         """The same step, leaving `keep` to its adjoint, with its micro-batches unrolled or looped over."""
+        ...
+
+    def check_adjoint(self, state: PyTree, batch: PyTree, z: PyTree) -> None:
+        """Raise, in JAX's words or ours, for a step whose derivative can't be traced. It is called in a trace."""
         ...
 
     def choices(self, state: PyTree, batch: PyTree, z: PyTree) -> Choices:
@@ -80,6 +94,15 @@ class WrittenStep:
         """Nothing but the state."""
         return "state"
 
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The step itself."""
+        return (Call("step", self.step, ("state", "batch", "z_t")),)
+
+    def value(self, state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
+        """The next state."""
+        return self.step(state, batch, bare(z))
+
     def advance(self, state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """One step; nothing is kept beside the state."""
         return self.step(state, batch, bare(z)), ()
@@ -90,6 +113,10 @@ class WrittenStep:
         values, rebuild = floating(state)
         _, vjp = jax.vjp(lambda x, z: floating(self.step(rebuild(x), batch, bare(z)))[0], values, z)
         return lambda cotangent: (*vjp(cotangent), jnp.zeros(()))
+
+    def check_adjoint(self, state: PyTree, batch: PyTree, z: PyTree) -> None:
+        """The first time that the step is differentiated."""
+        self.pull_back(state, (), batch, z)(floating(state)[0])
 
     def formed(self, keep: Keep, unroll: bool) -> Rule:
         """There is one form."""
