@@ -4,11 +4,12 @@ Each function has a test in `tests/test_jax.py`, which runs on the oldest and th
 """
 
 import hashlib
+import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeAlias
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 from jax import lax
+from jax._src import config
 from jax.core import Tracer
 from jax.extend import core
 from jax.extend.source_info_util import summarize
@@ -30,6 +32,12 @@ _HALF = ("float16", "bfloat16", "float8", "float4")
 _MATMUL = ("dot_general", "conv_general_dilated")
 _LOOPS = ("scan", "while", "checkpoint", "remat2")
 _RANDOM = ("random_bits", "random_wrap", "random_unwrap", "threefry2x32", "random_seed", "rng_bit_generator")
+_DRAWS = [
+    name
+    for name, function in vars(jax.random).items()
+    if inspect.isfunction(function) and {"key", "shape"} <= set(inspect.signature(function).parameters)
+]
+_DOUBLES = (np.float64, np.dtype(np.float64), jnp.float64, "float64")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _JAX_FOLDER = os.path.dirname(jax.__file__)
 
@@ -90,6 +98,10 @@ def trace(function: Callable[..., Any], *arguments: Any) -> tuple[Program, Any]:
 
     Returns: the program, and the shapes and dtypes that it returns.
     """
+    # jax 0.10 reads a float64 shape as float32 where x64 is off.
+    arguments = jax.tree.map(
+        lambda x: jax.typeof(x).update(dtype=x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, arguments
+    )
     return jax.make_jaxpr(lambda *xs: function(*xs), return_shape=True)(*arguments)
 
 
@@ -137,6 +149,46 @@ def stopped_gradients(program: Program) -> list[str]:
 def places(program: Program, primitive: str) -> list[str]:
     """Where the program has equations of a primitive, as `file:line (function)`."""
     return _places(e for e in equations(program) if e.primitive.name == primitive)
+
+
+def through_stops(function: Callable[..., Any], places: Container[str] | None = None) -> Callable[..., Any]:
+    """`function` of arrays with gradients going through where it stops them: everywhere, or at some places.
+
+    What hides in a rule of a `custom_jvp` or `custom_vjp` stays as it is.
+    """
+
+    def opened(*arguments: Any) -> Any:
+        program, shape = trace(function, *arguments)
+        leaves = core.jaxpr_as_fun(_without_stops(program, places))(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+    return opened
+
+
+def _without_stops(value: Any, places: Container[str] | None) -> Any:
+    """An equation's parameter, with the stops in the programs that it holds taken out."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(_without_stops(item, places) for item in value)
+    if not isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+        return value
+    eqns = []
+    for eqn in _opened(value).eqns:
+        stops = eqn.primitive.name == "stop_gradient" and (places is None or summarize(eqn.source_info) in places)
+        params = {name: _without_stops(param, places) for name, param in eqn.params.items()}
+        eqns.append(eqn.replace(primitive=core.primitives.copy_p if stops else eqn.primitive, params=params))
+    inner = _opened(value).replace(eqns=eqns)
+    return inner if _opened(value) is value else value.replace(jaxpr=inner)
+
+
+def in_single(program: Program) -> list[str]:
+    """Where a program of float64 values takes one of them to float32, as `file:line (function)`."""
+    return _places(
+        e
+        for e in equations(program)
+        if e.primitive.name == "convert_element_type"
+        and getattr(e.invars[0].aval, "dtype", None) == jnp.float64
+        and e.params["new_dtype"] == jnp.float32
+    )
 
 
 def own_rules(program: Program) -> list[str]:
@@ -279,12 +331,40 @@ def _low(eqn: core.JaxprEqn) -> bool:
 def doubles_beside_single_draws() -> Iterator[None]:
     """float64 arrays stay float64, while what is made without a dtype, and what `jax.random` draws, is as in float32.
 
-    Under `jax_enable_x64`, `jax.random` would draw other bits: another training.
+    Under `jax_enable_x64`, `jax.random` would draw other bits: another training. Where that is on anyway, all stays so.
     """
-    before = jax.config.jax_explicit_x64_dtypes  # pyright: ignore[reportAttributeAccessIssue]
-    jax.config.update("jax_explicit_x64_dtypes", "allow")
+    # The mode is part of what JAX caches programs by: none that is traced here is met outside.
+    mode, allow = config.explicit_x64_dtypes, config.ExplicitX64Mode.ALLOW
+    if jax.config.jax_enable_x64 or mode.value == allow:  # pyright: ignore[reportAttributeAccessIssue]
+        yield
+        return
+    functions = {name: getattr(jax.random, name) for name in _DRAWS}
+
+    def in_single(draw: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(draw)
+        def drawn(*arguments: Any, **options: Any) -> Any:
+            leaves, treedef = jax.tree.flatten((arguments, options))
+            singles = [_single(x) for x in leaves]
+            if mode.value != allow or all(a is b for a, b in zip(leaves, singles, strict=True)):
+                return draw(*arguments, **options)
+            arguments, options = jax.tree.unflatten(treedef, singles)
+            found = draw(*arguments, **options)
+            return found.astype(jnp.float64) if found.dtype == jnp.float32 else found
+
+        return drawn
+
     try:
-        with jax.enable_x64(False):
+        for name, function in functions.items():
+            setattr(jax.random, name, in_single(function))
+        with mode(allow):
             yield
     finally:
-        jax.config.update("jax_explicit_x64_dtypes", getattr(before, "value", before))
+        for name, function in functions.items():
+            setattr(jax.random, name, function)
+
+
+def _single(x: Any) -> Any:
+    """An argument of a draw with float32 in the place of float64: an array, or a dtype itself."""
+    if isinstance(x, jax.Array):
+        return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+    return jnp.float32 if isinstance(x, type | np.dtype | str) and x in _DOUBLES else x
