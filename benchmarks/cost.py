@@ -64,7 +64,8 @@ class Problem:
                 state = end()
             cotangent, total = floating(state)[0], zeros(runner.z)
             for i in reversed(range(len(runner))):
-                cotangent, total, _ = runner.pull(i, kept.pop(), cotangent, total)
+                pulled = runner.pull(i, kept.pop(), cotangent, total)
+                cotangent, total = pulled.cotangent, pulled.total
             return total
 
         return walk

@@ -144,7 +144,7 @@ def _reference_step(loss: Any, made: Any, has_model_state: bool, microbatches: i
         size, m = jax.tree.leaves(batch)[0].shape[0], microbatches
         results = []
         for start in range(0, size, size // m):
-            part = {k: v[start : start + size // m] for k, v in batch.items()}
+            part = batch if m == 1 else {k: v[start : start + size // m] for k, v in batch.items()}
 
             def one(params: Any, part: Any = part) -> Any:
                 z_t = seen(z, t, part.get("index"))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from journalled import STEPS, descent, fail_at, training
+from journalled import STEPS, decay, descent, fail_at, training
 
 import metagradient as mg
 from metagradient.descent import journal
@@ -136,7 +136,7 @@ def other_update() -> Any:
         ({"z": {"rate": mg.PerStep(jnp.full(4, 0.2)), "unused": jnp.zeros(())}}, "checksum of the first z"),
         ({"update": mg.updates.sign(0.1)}, "memory of the update"),
         ({"project": mg.updates.box(0.0, 0.8)}, "digest of update and projection"),
-        ({"held_out": None}, "held_out was given, now it is absent"),
+        ({"held_out": None}, "held_out was [0-9a-f]+, now it is absent"),
         ({"seeds": 1, "training": training()}, "training was drawn by seed, now it is fixed"),
         ({"window": 2}, "window was None, now it is 2"),
         ({"segment": None}, "segment was"),
@@ -244,3 +244,64 @@ def test_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
 def test_lines_are_json(uninterrupted: Path):
     for line in (uninterrupted / RECORDS).read_text().splitlines():
         assert set(json.loads(line)) == {"step", "value", "held_out", "grad_norm", "agreement", "seeds"}
+
+
+# What a journal's descent is one of: the programs, and the data.
+
+
+def slower(seed: int) -> mg.Training:
+    made = training(seed)
+    return mg.Training(made.init, lambda state, batch, z: state - 0.5 * z["rate"] * state, made.batches)
+
+
+def on_other_batches(seed: int) -> mg.Training:
+    return mg.Training(training(seed).init, decay, [{"step": np.int32(2 * t)} for t in range(4)])
+
+
+def from_elsewhere(seed: int) -> mg.Training:
+    return mg.Training(2 * training(seed).init, decay, training(seed).batches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": slower}, "digest of the training step was"),
+        ({"training": on_other_batches}, "checksum of the last batch was"),
+        ({"training": from_elsewhere}, "checksum of the initial state was"),
+        ({"objective": lambda state, z: jnp.sum(jnp.abs(state))}, "digest of the objective was"),
+        ({"held_out": lambda state, z: jnp.sum(state)}, "held_out was"),
+        ({"objective": mg.mean_over([{"x": np.ones(3)}], lambda s, b: jnp.sum(s * b["x"]))}, "digest of the objective"),
+    ],
+)
+def test_another_program_or_other_data_is_refused_by_name(uninterrupted: Path, changes: dict[str, Any], message: str):
+    before = content(uninterrupted)
+    with pytest.raises(ConfigError, match=message):
+        descent(uninterrupted, **changes)
+    assert content(uninterrupted) == before
+
+
+def test_another_number_of_steps_is_refused_by_name(tmp_path: Path):
+    def run(steps: int) -> mg.Descent:
+        made = mg.Training(jnp.ones(3), decay, [{"step": np.int32(t)} for t in range(steps)])
+        return descent(tmp_path, training=made, seeds=1, z={"rate": jnp.asarray(0.1)}, held_out=None)
+
+    next(run(4))
+    with pytest.raises(ConfigError, match="number of training steps was 4, now it is 5"):
+        run(5)
+
+
+def test_another_jax_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    next(descent(tmp_path))
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    with pytest.raises(ConfigError, match=r"JAX was .*, now it is 0\.0\.1"):
+        descent(tmp_path)
+
+
+def test_an_objective_over_other_batches_is_refused(tmp_path: Path):
+    def over(number: float) -> Any:
+        return mg.mean_over([{"x": np.full(3, number)}], lambda s, b: jnp.sum(s * b["x"]) ** 2)
+
+    next(descent(tmp_path, objective=over(1)))
+    next(descent(tmp_path, objective=over(1)))
+    with pytest.raises(ConfigError, match="digest of the objective"):
+        descent(tmp_path, objective=over(2))

@@ -29,8 +29,8 @@ from problems import (
 
 import metagradient as mg
 from metagradient.errors import DerivativeError
-from metagradient.models.losses import chunked_cross_entropy
 from metagradient.metaparameters import canonical, slices, wrapped
+from metagradient.models.losses import chunked_cross_entropy
 from metagradient.step import from_loss
 from metagradient.step.segment import Segment
 from metagradient.trees import floating
@@ -360,6 +360,7 @@ def test_candidates_losses_with_a_rule(rule):
     def unrolled(z):
         params = jax.tree.map(jnp.asarray, mlp())
         for t, batch in enumerate(steps):
+
             def total(p, t=t, batch=batch):
                 extra = jnp.vdot(z, losses(p, None, data)) if t == 4 else 0.0
                 return loss(p, batch, None) + extra

@@ -26,7 +26,7 @@ def of_run(run: Training | CountSurrogate, z: PyTree, window: int | None) -> dic
     if isinstance(run, CountSurrogate):
         return _of_surrogate(run, z)
     with full_precision(run.allow_low_precision):
-        prepared = Run.prepared(run, z, window, first=False)
+        prepared = Run.prepared(run, z, window)
         step = trace(run.rule.advance, *first_step(prepared.feed, prepared.z, prepared.state))[0]
         return {
             "number of training steps": len(run.batches),

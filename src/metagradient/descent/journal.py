@@ -9,7 +9,7 @@ A meta-step is done once the last of these has taken the place of its predecesso
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,25 @@ class Journal:
     Arguments:
         directory: made where absent, at the first meta-step.
         identity: what a descent must share with the one that began the journal, by name: plain JSON.
+        also: more of it, that takes work, or that can't be had of another descent's z: asked for when the rest agrees.
         start: position at which a new descent starts.
 
     Errors: `ConfigError` where the directory holds another descent, or records of something else; `StoreError` where
         files are damaged, or can't be read or written.
     """
 
-    def __init__(self, directory: Path, identity: dict[str, Any], start: Position):
+    def __init__(
+        self, directory: Path, identity: dict[str, Any], start: Position, also: Callable[[], dict[str, Any]] = dict
+    ):
         self.directory = directory
-        self._identity = json.loads(json.dumps(identity))
         self._before = 0, 0  # bytes of records.jsonl, and their checksum
+        known = json.loads(json.dumps(identity))
         try:
-            self.position = self._restored(start) if (directory / STATE).exists() else self._fresh(start)
+            stored = self._stored() if (directory / STATE).exists() else None
+            if stored:
+                self._refuse({name: x for name, x in stored[0]["identity"].items() if name in known}, known)
+            self._identity = {**known, **json.loads(json.dumps(also()))}
+            self.position = self._restored(start, *stored) if stored else self._fresh(start)
         except OSError as error:
             raise _as_store_error(f"{directory} can't be read", error) from error
 
@@ -96,6 +103,14 @@ class Journal:
         except (OSError, SafetensorError) as error:
             raise _as_store_error(f"meta-step {record['step']} can't be written to {self.directory}", error) from error
         self._count(line)
+
+    def _refuse(self, begun: dict[str, Any], given: dict[str, Any]) -> None:
+        differences = list(_differences(begun, given))
+        if differences:
+            raise ConfigError(
+                f"{self.directory} holds another descent: {'; '.join(differences)}. Choose another directory, or go on "
+                "with what this one was begun with"
+            )
 
     def _fresh(self, start: Position) -> Position:
         if (self.directory / RECORDS).exists():
@@ -122,23 +137,21 @@ class Journal:
         note = {"descent": f"{crc32(text.encode())} {text}"}
         replace_file(self.directory / STATE, lambda path: save_file(arrays, path, metadata=note))
 
-    def _restored(self, start: Position) -> Position:
+    def _stored(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         file = self.directory / STATE
         try:
             with safe_open(file, framework="numpy") as stored:
                 header = _header(file, stored.metadata())
-                differences = list(_differences(header["identity"], self._identity))
-                if differences:
-                    raise ConfigError(
-                        f"{self.directory} holds another descent: {'; '.join(differences)}. Choose another directory, "
-                        "or go on with what this one was begun with"
-                    )
                 arrays = {name: stored.get_tensor(name) for name in header["checksums"]}
         except SafetensorError as error:
             raise StoreError(f"{file} is damaged: {error}") from error
+        return header, arrays
+
+    def _restored(self, start: Position, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Position:
+        self._refuse(header["identity"], self._identity)
         for name, array in arrays.items():
             if crc32(array.tobytes()) != header["checksums"][name]:
-                raise StoreError(f"{file} was changed on disk: {name} fails its checksum")
+                raise StoreError(f"{self.directory / STATE} was changed on disk: {name} fails its checksum")
         self._complete(header)
 
         def restored(part: str, like: PyTree) -> PyTree:

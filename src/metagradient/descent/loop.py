@@ -230,10 +230,19 @@ def descend(
     start = Position(0, z, strong(update.init(z)), None, segment if isinstance(segment, Segment) else None)
     journal = None
     if out is not None:
-        first: Any = training
-        if fresh:
-            first = training(inner_seed(seed, 0, 0))
-            check_drawn(first, inner_seed(seed, 0, 0))
+        window = options.get("window")
+
+        def also() -> dict[str, Any]:
+            run: Any = training
+            if fresh:
+                run = training(inner_seed(seed, 0, 0))
+                check_drawn(run, inner_seed(seed, 0, 0))
+            objectives = {"digest of the objective": objective, "held_out": held_out}
+            return {
+                **of_run(run, z, window),
+                **{name: of_objective(function, run, z) for name, function in objectives.items()},
+            }
+
         identity = {
             "JAX": jax.__version__,
             "z": described(z),
@@ -243,13 +252,10 @@ def descend(
             "training": "drawn by seed" if fresh else "fixed",
             "seed": seed,
             "seeds": seeds,
-            **of_run(first, z, options.get("window")),
-            "digest of the objective": of_objective(objective, first, z),
-            "held_out": of_objective(held_out, first, z),
-            "window": options.get("window"),
+            "window": window,
             "segment": str(segment),
         }
-        journal = Journal(Path(out), identity, start)
+        journal = Journal(Path(out), identity, start, also)
         start = journal.position
     board = Board(Path(out) / "tensorboard", start.step) if out is not None and tensorboard else None
     gradients = Gradients(training, objective, held_out, seed, seeds, segment, options)
