@@ -24,7 +24,7 @@ from metagradient.replay.watch import NotFinite, Watch
 from metagradient.run import Run, full_precision
 from metagradient.step.programs import Programs, signature
 from metagradient.step.rule import Cotangent
-from metagradient.step.segment import Segment, over_queries
+from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
 
@@ -186,7 +186,12 @@ class Metagradient:
         grad = like(z, total)
         if self.training.starts_from_z and not runner.begin:
             _, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
-            (start,) = over_queries(vjp, cotangent) if self._vector else vjp(cotangent)
+            if self._vector:
+                # Not as a compiled loop, which every call would compile anew.
+                starts = [vjp(jax.tree.map(lambda x, i=i: x[i], cotangent))[0] for i in range(len(value))]
+                start = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+            else:
+                (start,) = vjp(cotangent)
             grad = jax.tree.map(jnp.add, grad, start)
         _check_finite(grad, run.programs)
         return Evaluation(value, grad, _stats(traversal, segment, schedule), state)
