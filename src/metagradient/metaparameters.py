@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metagradient.errors import StructureError
+from metagradient.layout import placed, rows_spread, spread
 from metagradient.trees import PyTree, is_floating, strong
 
 
@@ -240,10 +241,14 @@ def slices(z: PyTree, t: jax.Array, index: jax.Array | None) -> PyTree:
 
     def take(kind: Any) -> Any:
         if isinstance(kind, PerStep):
-            return PerStep(kind.value[t])
+            return PerStep(placed(lambda value, t: value[t], rows_spread(t, kind.value), kind.value, t))
         if isinstance(kind, PerExample):
             assert index is not None
-            return PerExample(kind.value.at[kind.slots(index)].get(mode="fill", fill_value=0))
+
+            def rows(value: jax.Array, index: jax.Array) -> jax.Array:
+                return value.at[kind.slots(index)].get(mode="fill", fill_value=0)
+
+            return PerExample(placed(rows, rows_spread(index, kind.value), kind.value, index))
         return kind
 
     return jax.tree.map(take, z, is_leaf=is_kind)
@@ -257,10 +262,14 @@ def accumulate(total: PyTree, cotangent: PyTree, t: jax.Array, index: jax.Array 
 
     def put(kind: Any, ct: Any) -> Any:
         if isinstance(kind, PerStep):
-            return PerStep(kind.value.at[t].add(ct.value))
+            return PerStep(placed(lambda x, t, ct: x.at[t].add(ct), spread(kind.value), kind.value, t, ct.value))
         if isinstance(kind, PerExample):
             assert index is not None
-            value = kind.value.at[kind.slots(index)].add(ct.value, mode="drop")
+
+            def added(value: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
+                return value.at[kind.slots(index)].add(rows, mode="drop")
+
+            value = placed(added, spread(kind.value), kind.value, index, ct.value)
             return jax.tree.unflatten(jax.tree.structure(kind), [value])
         return Shared(kind.value + ct.value)
 

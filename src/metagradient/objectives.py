@@ -16,7 +16,7 @@ from metagradient.step.feed import array, check_leaves, check_source
 from metagradient.step.programs import shared
 from metagradient.step.rule import Cotangent
 from metagradient.step.segment import over_queries
-from metagradient.trees import PyTree, add, floating
+from metagradient.trees import PyTree, add, floating, zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def value_and_pull_back(
         total = part if total is None else add(total, part)
     assert total is not None
     value, cotangent = total
-    return value, cotangent, jax.tree.map(lambda x: jnp.zeros((*value.shape, *x.shape), x.dtype), z)
+    return value, cotangent, zeros(z, *value.shape)
 
 
 def check_objective(

@@ -10,6 +10,7 @@ import numpy as np
 
 from metagradient._jax import trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
+from metagradient.layout import check_mesh
 from metagradient.metaparameters import check_steps, index_bound, needs_index, wrapped
 from metagradient.step.choose import choose
 from metagradient.step.contract import Contract
@@ -61,6 +62,7 @@ class Run:
         if window is not None and not 1 <= window <= steps:
             raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
         check_steps(kinds, steps)
+        check_mesh(kinds, feed.first, () if training.starts_from_z else training.init)
         programs = training.programs
         state = training.initial(z)
         if training.starts_from_z:

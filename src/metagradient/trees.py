@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from metagradient._jax import is_weak
+from metagradient.layout import spread
 
 PyTree: TypeAlias = Any
 
@@ -60,9 +61,14 @@ def strong(tree: PyTree) -> PyTree:
     return jax.tree.map(convert, tree)
 
 
-def zeros(tree: PyTree) -> PyTree:
-    """Zeros in the shape of `tree`."""
-    return jax.tree.map(jnp.zeros_like, tree)
+def zeros(tree: PyTree, *leading: int) -> PyTree:
+    """Zeros in the shape of `tree`, spread as it is, with leading axes before those of every leaf."""
+
+    def one(x: Any) -> jax.Array:
+        nothing = jnp.zeros_like(x)
+        return jnp.broadcast_to(nothing, (*leading, *nothing.shape)) if leading else nothing
+
+    return jax.tree.map(one, tree)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
@@ -82,7 +88,7 @@ def nbytes(tree: PyTree) -> int:
 
 
 def mismatch(expected: PyTree, found: PyTree) -> str | None:
-    """First difference in structure, shape or dtype between two trees of arrays or shapes, in words."""
+    """First difference in structure, shape, dtype or spread between two trees of arrays or shapes, in words."""
     if jax.tree.structure(expected) != jax.tree.structure(found):
         names, others = {p for p, _ in paths(expected)}, {p for p, _ in paths(found)}
         gone, new = sorted(names - others), sorted(others - names)
@@ -93,4 +99,6 @@ def mismatch(expected: PyTree, found: PyTree) -> str | None:
     for (path, a), (_, b) in zip(paths(expected), paths(found), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"leaf {path} has {b.dtype}{list(b.shape)}, expected {a.dtype}{list(a.shape)}"
+        if spread(a) != spread(b):
+            return f"leaf {path} is spread over {spread(b)}, expected {spread(a)}"
     return None

@@ -11,7 +11,7 @@ import numpy as np
 from metagradient.step.rule import Cotangent
 from metagradient.step.runner import Runner
 from metagradient.step.segment import Kept
-from metagradient.trees import PyTree, floating_paths, is_floating, paths
+from metagradient.trees import PyTree, floating_paths, is_floating, paths, zeros
 
 
 def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:
@@ -36,7 +36,7 @@ def locate_in_adjoint(runner: Runner, i: int, kept: Kept, cotangent: Cotangent) 
         at = t - runner.steps(i).start
         take = (lambda tree, at=at: jax.tree.map(lambda x: x[at], tree)) if loop else (lambda seq, at=at: seq[at])
         state, beside = take(kept.states), take(kept.beside)
-        total = jax.tree.map(lambda x: jnp.zeros((*queries, *x.shape), x.dtype), runner.z)
+        total = zeros(runner.z, *queries)
         pulled = runner.form.pull_one(runner.queries, total, cotangent, runner.z, np.int32(t), state, beside, batch)
         cotangent, finite = pulled.cotangent, np.asarray(pulled.finite)
         if not np.all(finite):

@@ -40,7 +40,8 @@ class Contract:
             return rule.advance(*arguments)[0]
 
         self._digests = programs.digests
-        self._key = signature(arguments)
+        # A program is traced for the mesh in use, and says so.
+        self._key = jax.sharding.get_abstract_mesh(), signature(arguments)
         self._state = arguments[0]
         self._allow_low_precision = allow_low_precision
         self._trace: Callable[[], Any] = lambda: trace(first(step), *arguments)

@@ -12,6 +12,7 @@ from jax import lax
 from metagradient._jax import reaching, trace
 from metagradient.errors import DerivativeError, StructureError
 from metagradient.examples import Examples, holds_examples
+from metagradient.layout import placed, shares, spread
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
 from metagradient.step.adjoint import (
     Loss,
@@ -309,7 +310,7 @@ class LossStep:
             rest = [x.value if _is_example(x) else x for x, a in zip(leaves, adds, strict=True) if not a]
             return [t + x for t, x in zip(total, summed, strict=True)], rest
 
-        start = [jnp.zeros(x.shape, x.dtype) for x, a in zip(shape, adds, strict=True) if a]
+        start = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x, a in zip(shape, adds, strict=True) if a]
         total, rest = lax.scan(body, start, jnp.arange(m), unroll=m if self.unroll else 1)
         summed, apart = iter(total), iter(rest)
         joined = [
@@ -327,7 +328,14 @@ class LossStep:
         leaves, treedef = jax.tree.flatten(batch)
 
         def part(x: jax.Array, j: Any) -> jax.Array:
-            return lax.dynamic_index_in_dim(jnp.reshape(x, (m, n // m, *x.shape[1:])), j, keepdims=False)
+            over = spread(x)
+            if n // m % shares(over[0]):
+                raise StructureError(
+                    f"micro-batches of {n // m} examples can't be spread over {over[0]!r} as their batch is, into "
+                    f"{shares(over[0])} equal parts: take fewer micro-batches"
+                )
+            parts = placed(lambda x: jnp.reshape(x, (m, n // m, *x.shape[1:])), (None, *over), x)
+            return lax.dynamic_index_in_dim(parts, j, keepdims=False)
 
         def cut(j: Any) -> tuple[PyTree, PyTree]:
             parts = [part(x, j) if held else x for x, held in zip(leaves, holds, strict=True)]
@@ -342,4 +350,4 @@ def _is_example(x: Any) -> bool:
 
 
 def _join(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, *x.shape[2:])
+    return placed(lambda x: x.reshape(-1, *x.shape[2:]), spread(x)[1:], x)
