@@ -193,7 +193,7 @@ class Metagradient:
             else:
                 (start,) = vjp(cotangent)
             grad = jax.tree.map(jnp.add, grad, start)
-        _check_finite(grad, run.programs)
+        _check_finite(grad, run.programs, careful)
         return Evaluation(value, grad, _stats(traversal, segment, schedule), state)
 
     def _ending(self, state: PyTree, z: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
@@ -300,9 +300,11 @@ def value_and_metagrad(
     )
 
 
-def _check_finite(grad: PyTree, programs: Programs) -> None:
+def _check_finite(grad: PyTree, programs: Programs, careful: bool) -> None:
     for (path, _), good in zip(paths(grad), programs.finite(grad).tolist(), strict=True):
         if not good:
+            if not careful:
+                raise NotFinite
             raise NonFiniteError(
                 f"the gradient of z{path} is not finite, though every state's cotangent was: look at how the step uses "
                 "it (a root, log or division at zero)"

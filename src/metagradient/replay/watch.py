@@ -52,9 +52,14 @@ class Watch:
             self._see("batch", step, batches)
             self._settle(_PENDING)
 
-    def cotangent(self, step: int, pulled: Pulled) -> None:
-        """The cotangent of the state before `step` was found."""
-        self._pending.append(("cotangent", step, None, None, pulled.asymmetry, pulled.finite))
+    def cotangent(self, step: int, pulled: Pulled, *, last: bool) -> None:
+        """The cotangent of the state before `step` was found.
+
+        Arguments:
+            last: it is the first state that is differentiated. What of it depends on z is seen in the gradient; of the
+                rest (moments that start as zeros, under a root) it needn't be finite.
+        """
+        self._pending.append(("cotangent", step, None, None, pulled.asymmetry, last or pulled.finite))
         self._settle(_PENDING)
 
     def settle(self) -> None:
