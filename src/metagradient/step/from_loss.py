@@ -82,13 +82,14 @@ class LossStep:
         return Call("loss", self.loss, (*takes, "batch", "z_t")), *made
 
     def initial(self, params: PyTree, model_state: PyTree, z: PyTree) -> TrainState:
-        """The state before the first step; `z` is the first step's slice."""
+        """The state before the first step; `z` is the first step's slice, wrapped."""
         for path, leaf in paths(params):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise StructureError(
                     f"parameter {path} is {leaf.dtype}; parameters must be floating (put the rest in model_state)"
                 )
-        return TrainState(params, first_state(self._optimizer(z), params), model_state, jnp.zeros((), jnp.int32))
+        opt_state = first_state(self.optimizer, params, z)
+        return TrainState(params, opt_state, model_state, jnp.zeros((), jnp.int32))
 
     def advance(self, state: TrainState, batch: PyTree, z: PyTree) -> tuple[TrainState, PyTree]:
         """One optimiser step; leaves behind what `keep` says."""

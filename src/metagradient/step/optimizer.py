@@ -1,21 +1,36 @@
 """Anything with optax's `init` and `update` as an optimiser, and by name what can't be differentiated through."""
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from metagradient._jax import reaching, trace
 from metagradient.errors import StructureError
-from metagradient.trees import PyTree, mismatch
+from metagradient.metaparameters import PerExample, PerStep, bare, is_kind
+from metagradient.trees import PyTree, is_floating, mismatch, paths
 
-_REMEDY = "give optax.adam(1e-3), say, or a function z_t -> optimiser"
+_REMEDY = "give optax.adam(1e-3), say, or a function z_t -> optimizer"
+_BY_HAND = "Give another optimizer, or write the step by hand, mg.Training(init, step, batches), and call it there"
+_SEARCH = (
+    "It searches along a line until the loss is low enough, a loop that reverse mode can't go through. Give an "
+    "optimizer with a learning rate"
+)
+_GIVEN = "value", "grad"
+_MISSING = re.compile(r"missing \d+ required \S+ arguments?: (.+)$")
+_INSIDE = re.compile(r"(\w+)\.<locals>\.")
+_WRAPPERS = "chain", "named_chain", "with_extra_args_support"
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether `value` has optax's interface, and isn't a function that makes one."""
+    """Whether `value` has optax's interface, and isn't a function or class that makes one."""
+    if isinstance(value, type):
+        return False
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
@@ -25,30 +40,64 @@ def check_optimizer(value: Any) -> None:
         return
     if not callable(value):
         raise StructureError(f"the optimizer is {value!r}: {_REMEDY}")
-    if str(getattr(value, "__module__", "")).partition(".")[0] == "optax":
+    if isinstance(value, type) or str(getattr(value, "__module__", "")).partition(".")[0] == "optax":
         name = getattr(value, "__name__", repr(value))
-        raise StructureError(f"the optimizer is the function {name} itself, which wasn't called: {_REMEDY}")
+        raise StructureError(f"the optimizer is {name} itself, which wasn't called: {_REMEDY}")
 
 
 def optimizer_of(made: Any, z: PyTree) -> optax.GradientTransformationExtraArgs:
-    """The optimiser of a step: `made` itself, or what it makes of z.
+    """The optimiser of a step: `made` itself, or what it makes of z. Its update takes any extra argument.
 
     Errors: `StructureError` where it makes something else.
     """
     found = made if is_optimizer(made) else made(z)
     if not is_optimizer(found):
         raise StructureError(f"the optimizer returned {type(found).__name__} for z_t: {_REMEDY}")
-    if isinstance(found, optax.GradientTransformation):
+    # A GradientTransformation takes no extra arguments, by optax's own rule; any other says which by its signature.
+    plain = isinstance(found, optax.GradientTransformation)
+    if plain and not isinstance(found, optax.GradientTransformationExtraArgs):
         return optax.with_extra_args_support(found)
-    kinds = [p.kind for p in inspect.signature(found.update).parameters.values()]
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        return optax.GradientTransformationExtraArgs(found.init, found.update)
-    return optax.with_extra_args_support(optax.GradientTransformation(found.init, found.update))
+    takes = _extra_arguments(found.update)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        return found.update(updates, state, params, **{k: v for k, v in extra.items() if takes is None or k in takes})
+
+    return optax.GradientTransformationExtraArgs(found.init, update)
 
 
-def first_state(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """The optimiser's first state; `StructureError` by name where it takes other parameters."""
-    return _named(lambda: optimizer.init(params), optimizer.init)
+def first_state(made: Any, params: PyTree, z: PyTree) -> PyTree:
+    """The optimiser's first state.
+
+    Arguments:
+        z: what the first step sees of z, wrapped.
+
+    Errors: `StructureError` where the state depends on a leaf that is another at every step (`inject_hyperparams`
+    keeps its numbers there): every step would go by the first one's. Also where the optimiser takes other parameters.
+    """
+
+    def start(z: PyTree) -> PyTree:
+        optimizer = optimizer_of(made, bare(z))
+        return _named(lambda: optimizer.init(params))
+
+    kinds = jax.tree.flatten_with_path(z, is_leaf=is_kind)[0]
+    if not is_optimizer(made) and any(isinstance(kind, PerStep | PerExample) for _, kind in kinds):
+        reached = reaching(trace(start, z)[0])
+        for i, (path, kind) in enumerate(kinds):
+            if i in reached and isinstance(kind, PerStep | PerExample):
+                leaf = f"z{jax.tree_util.keystr(path)}"
+                raise StructureError(
+                    f"the optimizer's first state depends on {leaf}, which is {type(kind).__name__}: every step would "
+                    "go by what the first one saw of it. Let each update read it instead (as lambda z: "
+                    f"optax.sgd({leaf}) does, without inject_hyperparams), or make it mg.Shared"
+                )
+    return jax.tree.map(_reachable, start(z))
+
+
+def _reachable(x: Any) -> Any:
+    """A scalar of a state, with the largest number for infinity: what `reduce_on_plateau` has as its best loss yet."""
+    if not isinstance(x, jax.Array) or x.ndim or not is_floating(x):
+        return x
+    return jnp.clip(x, jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max)
 
 
 def updated(
@@ -60,45 +109,55 @@ def updated(
 ) -> tuple[PyTree, PyTree]:
     """New parameters and optimiser state.
 
-    What optax calls extra arguments are `value`, the step's loss, and `grad`, its gradient. A line search asks for
-    the loss as a function, and loops until it is low enough, which reverse mode can't go through: `StructureError`.
+    What optax calls extra arguments are `value`, the step's loss, and `grad`, its gradient.
+
+    Errors: `StructureError` where the optimiser asks for another, or returns another kind of state or update.
     """
 
     def update() -> tuple[PyTree, PyTree]:
-        updates, new = optimizer.update(gradient, opt_state, params, value=value, grad=gradient, value_fn=_no_function)
-        return optax.apply_updates(params, updates), new
+        updates, state = optimizer.update(gradient, opt_state, params, value=value, grad=gradient)
+        for (path, p), u in zip(paths(params), jax.tree.leaves(updates), strict=False):
+            if jnp.shape(u) not in ((), p.shape):
+                raise StructureError(f"its update of parameter {path} has shape {list(u.shape)}, not {list(p.shape)}")
+        return optax.apply_updates(params, updates), state
 
-    new, state = _named(update, optimizer.update)
-    for what, before, after in (("parameters", params, new), ("optimiser state", opt_state, state)):
+    new, state = _named(update)
+    for what, before, after in (("parameters", params, new), ("optimizer state", opt_state, state)):
         if jax.tree.structure(before) != jax.tree.structure(after):
             raise StructureError(f"the optimizer made {what} of another kind: {mismatch(before, after)}")
     return new, state
 
 
-def _no_function(*arguments: Any, **options: Any) -> Any:
-    raise StructureError(
-        "it asks for value_fn, the loss as a function: a line search loops until the loss is low enough, and reverse "
-        "mode can't go through that. Take an optimiser with a learning rate"
-    )
+def _extra_arguments(update: Callable[..., Any]) -> set[str] | None:
+    """Which extra arguments an update takes, of those there are; None for any."""
+    parameters = inspect.signature(update).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return {name for name in _GIVEN if name in parameters}
 
 
-def _named(work: Callable[[], Any], function: Callable[..., Any]) -> Any:
-    """What `work` returns; an error in it names the part of optax that raised it."""
+def _named(work: Callable[[], Any]) -> Any:
+    """What `work` returns; an error in it names the part of the optimiser that raised it."""
     try:
         return work()
     except (TypeError, AttributeError, ValueError, KeyError, NotImplementedError) as error:
         if isinstance(error, jax.errors.JAXTypeError):
             raise
-        raise StructureError(f"the optimizer {_culprit(error, function)} can't be used here: {error}") from error
+        raise StructureError(f"the optimizer{_culprit(error)} can't be used here: {_reason(error)}") from error
 
 
-def _culprit(error: BaseException, function: Callable[..., Any]) -> str:
-    """The innermost transformation in optax that an error passed through, else the function that was called."""
+def _reason(error: Exception) -> str:
+    missing = _MISSING.search(str(error))
+    if missing is None:
+        return f"{str(error).rstrip('.')}. {_BY_HAND}"
+    remedy = _SEARCH if "'value_fn'" in missing[1] else _BY_HAND
+    return f"it asks for {missing[1]}, and a step gives value, its loss, and grad, its gradient. {remedy}"
+
+
+def _culprit(error: Exception) -> str:
+    """` NAME`, the innermost transformation of optax's that an error names or passed through; empty where none is."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [
-        frame.f_code.co_qualname.partition(".<locals>")[0]
-        for frame in frames
-        if frame.f_globals.get("__name__", "").startswith("optax.") and ".<locals>" in frame.f_code.co_qualname
-    ]
-    names = [name for name in names if name not in ("chain", "with_extra_args_support", "named_chain")]
-    return names[-1] if names else getattr(function, "__qualname__", repr(function)).partition(".<locals>")[0]
+    sources = [f.f_code.co_qualname for f in frames if f.f_globals.get("__name__", "").startswith("optax.")]
+    names = [found[1] for source in (*sources, str(error)) if (found := _INSIDE.search(source))]
+    names = [name for name in names if name not in _WRAPPERS]
+    return f" {names[-1]}" if names else ""
