@@ -90,8 +90,11 @@ class Training:
             loss: `(params, batch, z_t) -> scalar`, the mean over the batch. With `has_model_state`:
                 `(params, model_state, batch, z_t) -> (scalar, model_state)`. With `per_example`, a vector, one loss an
                 example, in the scalar's place; the step's loss is their mean.
-            optimizer: an optax transformation, or `z_t -> one`, so that its settings can be metaparameters. Build it
-                once, outside any function of a seed: a new object means a new compilation.
+            optimizer: anything with optax's `init` and `update`, or `z_t -> one`, so that its settings can be
+                metaparameters. An update that takes extra arguments is given `value`, the step's loss, and `grad`, its
+                gradient; both are differentiated (`polyak_sgd`, `momo`). Its first state may depend on `Shared` leaves of
+                z alone: `optax.inject_hyperparams` and `rprop` keep numbers there, and would go by those of step 0.
+                Build it once, outside any function of a seed: a new object means a new compilation.
             init: params; with `has_model_state`, `(params, model_state)`; or `z -> either`.
             batches: as in `Training`.
             microbatches: m >= 1; the loss is called on m equal slices of the batch and results averaged (losses,
@@ -105,7 +108,8 @@ class Training:
             per_example: the loss returns one loss an example.
             allow_low_precision: as in `Training`.
 
-        Errors: `StructureError` for parameters that are not floating, or a batch that m doesn't divide.
+        Errors: `StructureError` for parameters that are not floating, a batch that m doesn't divide, or an optimizer that
+            asks for more (`lbfgs` and other line searches, `lookahead`, `sophia`).
 
         Cost: a step's adjoint is one gradient and one tangent of it, about three plain steps in matrix products.
         """
