@@ -447,7 +447,7 @@ def test_a_leaf_that_no_first_state_reads_may_change_from_step_to_step():
         ("adam", r"the optimizer is 'adam': give"),
         (None, "the optimizer is None: give"),
     ],
-    ids=str,
+    ids=["adam uncalled", "muon uncalled", "a class", "a number", "a name", "nothing"],
 )
 def test_what_is_no_optimizer_is_refused_where_it_is_given(given, words):
     with pytest.raises(StructureError, match=words):
