@@ -92,8 +92,8 @@ class Training:
                 example, in the scalar's place; the step's loss is their mean.
             optimizer: anything with optax's `init` and `update`, or `z_t -> one`, so that its settings can be
                 metaparameters. An update that takes extra arguments is given `value`, the step's loss, and `grad`, its
-                gradient; both are differentiated (`polyak_sgd`, `momo`). Its first state may depend on `Shared` leaves of
-                z alone: `optax.inject_hyperparams` and `rprop` keep numbers there, and would go by those of step 0.
+                gradient; both are differentiated (`polyak_sgd`, `momo`). Its first state may depend on `Shared` leaves
+                of z alone: `optax.inject_hyperparams` and `rprop` keep numbers there, and would go by those of step 0.
                 Build it once, outside any function of a seed: a new object means a new compilation.
             init: params; with `has_model_state`, `(params, model_state)`; or `z -> either`.
             batches: as in `Training`.
@@ -108,8 +108,8 @@ class Training:
             per_example: the loss returns one loss an example.
             allow_low_precision: as in `Training`.
 
-        Errors: `StructureError` for parameters that are not floating, a batch that m doesn't divide, or an optimizer that
-            asks for more (`lbfgs` and other line searches, `lookahead`, `sophia`).
+        Errors: `StructureError` for parameters that are not floating, a batch that m doesn't divide, or an optimizer
+            that asks for more (`lbfgs` and other line searches, `lookahead`, `sophia`).
 
         Cost: a step's adjoint is one gradient and one tangent of it, about three plain steps in matrix products.
         """
