@@ -146,10 +146,12 @@ def test_the_twin_draws_the_noise_of_an_optimizer():
     assert checked(optimizer=noisy).ok
 
 
-def test_draws_of_float64_are_those_of_float32():
+@pytest.mark.parametrize("x64", [True, False])
+def test_draws_of_float64_are_those_of_float32(x64):
     key, p = jax.random.key(0), np.linspace(0.1, 0.9, 5, dtype=np.float32)
     draws: dict[str, Callable[[Any], Any]] = {
         "normal": lambda p: jax.random.normal(key, p.shape, p.dtype),
+        "default": lambda p: jax.random.normal(key, p.shape),
         "uniform": lambda p: jax.random.uniform(key, p.shape, dtype=p.dtype),
         "bernoulli": lambda p: jax.random.bernoulli(key, p),
         "categorical": lambda p: jax.random.categorical(key, jnp.log(p), shape=(20,)),
@@ -160,40 +162,62 @@ def test_draws_of_float64_are_those_of_float32():
     }
     expected = {name: np.asarray(jax.jit(draw)(p)) for name, draw in draws.items()}
     functions = dict(vars(jax.random))
-    with doubles_beside_single_draws():
+    with doubles_beside_single_draws(x64=x64):
         double = jnp.asarray(p, jnp.float64)
         found = {name: jax.jit(draw)(double) for name, draw in draws.items()}
         assert found["normal"].dtype == jnp.float64
+        assert found["default"].dtype == jnp.zeros(()).dtype == (jnp.float64 if x64 else jnp.float32)
     for name in draws:
         np.testing.assert_allclose(np.asarray(found[name]), expected[name], rtol=1e-6, err_msg=name)
     assert dict(vars(jax.random)) == functions
     assert jnp.zeros(2).dtype == jnp.float32
 
 
-def looped(state: jax.Array, batch: dict, z: dict) -> jax.Array:
-    """A loop whose carry is float32 whatever it is given."""
-    total, _ = jax.lax.scan(lambda c, x: (c + jnp.tanh(x), None), jnp.zeros(()), state - batch["x"])
+def looped(state: jax.Array, batch: dict, z: dict, dtype: Any = None) -> jax.Array:
+    """A loop whose carry is as wide as JAX makes it, or of a dtype that is fixed."""
+    total, _ = jax.lax.scan(lambda c, x: (c + jnp.tanh(x), None), jnp.zeros((), dtype), state - batch["x"])
     return state - z["rate"] * (total + z["pull"]) * state
 
 
-def test_a_loop_that_starts_in_float32_is_checked_under_x64():
-    report = check(mg.Training(jnp.ones(5), looped, BATCHES), objective, Z)
+def drawing(draw: Callable[..., jax.Array], dtype: Any = None) -> mg.Training:
+    """A loop beside random numbers."""
+
+    def noisy(state, batch, z):
+        values, key = state
+        return looped(values, batch, z, dtype) + 0.1 * draw(jax.random.fold_in(key, 0), (5,)), jax.random.split(key)[0]
+
+    return mg.Training((jnp.ones(5), jax.random.key(0)), noisy, BATCHES)
+
+
+def of_values(state: tuple, z: dict) -> jax.Array:
+    return objective(state[0], z)
+
+
+def test_a_loop_that_starts_with_zeros_is_checked():
+    assert check(mg.Training(jnp.ones(5), looped, BATCHES), objective, Z).ok
+    report = check(drawing(lambda *arguments: jax.random.normal(*arguments)), of_values, Z)
     assert report.ok, str(report)
 
 
-def test_a_loop_that_starts_in_float32_beside_random_numbers_has_no_twin():
-    def noisy(state, batch, z):
+def test_numbers_drawn_past_the_functions_of_jax_random_are_those_of_the_run():
+    def step(state, batch, z):
         values, key = state
-        noise = 0.1 * jax.random.normal(jax.random.fold_in(key, 0), (5,))
-        return looped(values, batch, z) + noise, jax.random.split(key)[0]
+        return values - z["rate"] * (values - past(jax.random.fold_in(key, 1), (5,))) * z["pull"], key
 
-    training = mg.Training((jnp.ones(5), jax.random.key(0)), noisy, BATCHES)
-    report = check(training, lambda s, z: objective(s[0], z), Z)
-    assert not report.ok
-    assert report.replays
-    assert "can't be traced in float64, so nothing was compared" in text(report)
-    assert "jnp.zeros(shape, x.dtype), not jnp.zeros(shape)" in text(report)
-    assert "it draws random numbers" in text(report)
+    past = jax.random.normal
+    report = check(mg.Training((jnp.ones(5), jax.random.key(0)), step, BATCHES), of_values, Z)
+    assert report.ok, str(report)
+
+
+def test_a_run_without_a_twin_is_told_with_the_remedy():
+    fixed = check(drawing(lambda *arguments: jax.random.normal(*arguments), jnp.float32), of_values, Z)
+    assert not fixed.ok
+    assert fixed.replays
+    assert "the run has no float64 twin, so nothing was compared" in text(fixed)
+    assert "must follow the dtypes of their arguments: x.dtype, not jnp.float32" in text(fixed)
+    past = check(drawing(jax.random.normal), of_values, Z)
+    assert not past.ok
+    assert "drawn past the functions of jax.random" in text(past)
 
 
 def test_a_process_in_x64_stays_in_it():

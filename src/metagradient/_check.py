@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from metagradient._twin import Direction, NoTwinError, trained, twin
+from metagradient._differences import Direction
+from metagradient._twin import NoTwinError, trained, twin
 from metagradient.errors import ImpureStepError, NonFiniteError, ReplayMismatch
 from metagradient.metagrad import value_and_metagrad
 from metagradient.metaparameters import canonical

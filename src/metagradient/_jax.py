@@ -31,13 +31,13 @@ _COMPILE = "/jax/core/compile/backend_compile_duration"
 _HALF = ("float16", "bfloat16", "float8", "float4")
 _MATMUL = ("dot_general", "conv_general_dilated")
 _LOOPS = ("scan", "while", "checkpoint", "remat2")
-_RANDOM = ("random_bits", "random_wrap", "random_unwrap", "threefry2x32", "random_seed", "rng_bit_generator")
+_DRAWN = "metagradient.drawn"
 _DRAWS = [
     name
     for name, function in vars(jax.random).items()
     if inspect.isfunction(function) and {"key", "shape"} <= set(inspect.signature(function).parameters)
 ]
-_DOUBLES = (np.float64, np.dtype(np.float64), jnp.float64, "float64")
+_NARROW = {np.dtype(f"{kind}64"): np.dtype(f"{kind}32") for kind in ("float", "int", "uint")}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _JAX_FOLDER = os.path.dirname(jax.__file__)
 
@@ -136,9 +136,9 @@ def convolves(program: Program) -> bool:
     return any(e.primitive.name == "conv_general_dilated" for e in equations(program))
 
 
-def draws(program: Program) -> bool:
-    """Whether the program draws random numbers."""
-    return any(e.primitive.name in _RANDOM for e in equations(program))
+def drawn_bits(program: Program) -> set[int]:
+    """How many bits the random numbers of a program are made of: 64 for those of float64."""
+    return {e.params["bit_width"] for e in equations(program) if e.primitive.name == "random_bits"}
 
 
 def stopped_gradients(program: Program) -> list[str]:
@@ -186,6 +186,7 @@ def in_single(program: Program) -> list[str]:
         e
         for e in equations(program)
         if e.primitive.name == "convert_element_type"
+        and _DRAWN not in str(e.source_info.name_stack)
         and getattr(e.invars[0].aval, "dtype", None) == jnp.float64
         and e.params["new_dtype"] == jnp.float32
     )
@@ -328,10 +329,13 @@ def _low(eqn: core.JaxprEqn) -> bool:
 
 
 @contextmanager
-def doubles_beside_single_draws() -> Iterator[None]:
-    """float64 arrays stay float64, while what is made without a dtype, and what `jax.random` draws, is as in float32.
+def doubles_beside_single_draws(*, x64: bool = True) -> Iterator[None]:
+    """Arrays are float64, while `jax.random` draws what it draws for float32: in float64 it takes other bits.
 
-    Under `jax_enable_x64`, `jax.random` would draw other bits: another training. Where that is on anyway, all stays so.
+    Where `jax_enable_x64` is on anyway, all stays as it is.
+
+    Arguments:
+        x64: what is made without a dtype is float64 too; else it is float32, and arrays that are float64 stay so.
     """
     # The mode is part of what JAX caches programs by: none that is traced here is met outside.
     mode, allow = config.explicit_x64_dtypes, config.ExplicitX64Mode.ALLOW
@@ -343,28 +347,33 @@ def doubles_beside_single_draws() -> Iterator[None]:
     def in_single(draw: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(draw)
         def drawn(*arguments: Any, **options: Any) -> Any:
-            leaves, treedef = jax.tree.flatten((arguments, options))
-            singles = [_single(x) for x in leaves]
-            if mode.value != allow or all(a is b for a, b in zip(leaves, singles, strict=True)):
+            if mode.value != allow:
                 return draw(*arguments, **options)
-            arguments, options = jax.tree.unflatten(treedef, singles)
-            found = draw(*arguments, **options)
-            return found.astype(jnp.float64) if found.dtype == jnp.float32 else found
+            leaves, treedef = jax.tree.flatten((arguments, options))
+            with jax.named_scope(_DRAWN):
+                narrowed = [_narrowed(x) for x in leaves]
+            arguments, options = jax.tree.unflatten(treedef, narrowed)
+            asked_wide = any(a is not b for a, b in zip(leaves, narrowed, strict=True))
+            asked_single = any(isinstance(x, np.dtype | type) and np.dtype(x) == np.float32 for x in leaves)
+            with jax.enable_x64(False):
+                found = draw(*arguments, **options)
+                wide = found.dtype == jnp.float32 and (asked_wide or (x64 and not asked_single))
+                return found.astype(jnp.float64) if wide else found
 
         return drawn
 
     try:
         for name, function in functions.items():
             setattr(jax.random, name, in_single(function))
-        with mode(allow):
+        with mode(allow), jax.enable_x64(x64):
             yield
     finally:
         for name, function in functions.items():
             setattr(jax.random, name, function)
 
 
-def _single(x: Any) -> Any:
-    """An argument of a draw with float32 in the place of float64: an array, or a dtype itself."""
+def _narrowed(x: Any) -> Any:
+    """An argument of a draw with 32 bits in the place of 64: an array, or a dtype itself."""
     if isinstance(x, jax.Array):
-        return x.astype(jnp.float32) if x.dtype == jnp.float64 else x
-    return jnp.float32 if isinstance(x, type | np.dtype | str) and x in _DOUBLES else x
+        return x.astype(_NARROW[x.dtype]) if x.dtype in _NARROW else x
+    return _NARROW.get(np.dtype(x), x) if isinstance(x, np.dtype | type) else x

@@ -1,27 +1,28 @@
 """The float64 twin of a run: the same training on the same random numbers, and its derivatives by other means."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metagradient._differences import Direction, Rivals, compared, differ
 from metagradient._jax import (
     Program,
     compiled,
     doubles_beside_single_draws,
-    draws,
+    drawn_bits,
     in_single,
     own_rules,
     stopped_gradients,
     through_stops,
     trace,
 )
-from metagradient.errors import MetagradientError
+from metagradient.errors import MetagradientError, NonFiniteError, ReplayMismatch
 from metagradient.metagrad import Evaluation, value_and_metagrad
 from metagradient.metaparameters import needs_index, slices, wrapped
 from metagradient.objectives import MeanOver, programs_of
@@ -34,99 +35,9 @@ from metagradient.trees import PyTree, floating, is_floating, is_key, paths
 
 Objective = Callable[[PyTree, PyTree], jax.Array]
 
-_LEVELS = 12
-_KINK = 0.1
-# Differences that are known no better than this decide nothing.
-_VAGUE = 0.01
-# Where two ways through the same program differ by no more, they agree.
-_ROUNDING = 1e-6
-_ROUNDING_IN_SINGLE = 1e-3
-# A share of the objective's value that a change of z by its whole size must move, to be told from none.
-_NEGLIGIBLE = 1e-10
-# By how much steps of differences are larger where the twin computes in float32.
-_IN_SINGLE = 16
-
 
 class NoTwinError(Exception):
     """The run can't be had in float64."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """The metagradient in one direction, beside other ways to the same number, in float64.
-
-    Arguments:
-        metagradient: its derivative in this direction.
-        forward: the same by forward mode, a step at a time, from the first to the last; None where a step refuses that.
-            Both are derivatives by JAX's rules.
-        through: by forward mode too, with gradients going through where the run stops them; None where that makes no
-            difference. It is the derivative of the run's value.
-        steps: step sizes h of central differences, largest first.
-        differences: central differences of the run's value at those steps.
-        extrapolated: of them, by Richardson (Ridders' choice of the best).
-        bound: how far the extrapolation may be off, by its own estimate and rounding.
-        kink: by how much one-sided differences stay apart as h shrinks, as a share of the derivative. Zero where the
-            run is differentiable; ties in a max pooling, or a relu at zero, keep it up.
-        negligible: what can't be told from zero.
-        rounding: relative error up to which two ways through the same program agree.
-    """
-
-    metagradient: float
-    forward: float | None
-    through: float | None
-    steps: list[float]
-    differences: list[float]
-    extrapolated: float
-    bound: float
-    kink: float
-    negligible: float
-    rounding: float
-
-    @property
-    def derivative(self) -> float:
-        """What differences should be."""
-        return self.metagradient if self.through is None else self.through
-
-    @property
-    def size(self) -> float:
-        """What the errors of differences are relative to."""
-        return max(abs(self.derivative), abs(self.extrapolated), self.negligible) or 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """Derivative and differences, apart."""
-        return abs(self.extrapolated - self.derivative) / self.size
-
-    @property
-    def forward_error(self) -> float | None:
-        """Metagradient and forward mode, apart."""
-        if self.forward is None:
-            return None
-        return apart(self.metagradient, self.forward, self.negligible)
-
-    @property
-    def forward_agrees(self) -> bool:
-        """Whether forward mode, where there is one, gives the metagradient."""
-        return self.forward_error is None or self.forward_error <= self.rounding
-
-    def agrees(self, tolerance: float) -> bool:
-        """Whether differences confirm the derivative."""
-        return not self.vague and self.relative_error <= tolerance + 4 * self.bound / self.size
-
-    @property
-    def kinked(self) -> bool:
-        """Whether the run isn't differentiable here."""
-        return self.kink > _KINK
-
-    @property
-    def vague(self) -> bool:
-        """Whether the differences are too rough to decide anything."""
-        return self.bound > _VAGUE * self.size or self.kinked
-
-
-def apart(a: float, b: float, negligible: float) -> float:
-    """Relative difference of two numbers, of which both may be nothing."""
-    return abs(a - b) / (max(abs(a), abs(b), negligible) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -136,13 +47,13 @@ class Held:
     Arguments:
         stops: where gradients are stopped.
         rules: where there are derivative rules of somebody's own.
-        draws: whether random numbers are drawn.
+        bits: how many bits random numbers are made of.
         single: where float64 values are taken to float32, if they are float64.
     """
 
     stops: list[str]
     rules: list[str]
-    draws: bool
+    bits: set[int]
     single: list[str]
 
     @classmethod
@@ -157,7 +68,8 @@ class Held:
         def places(of: Callable[[Program], list[str]]) -> list[str]:
             return list(dict.fromkeys(place for program in programs for place in of(program)))
 
-        return cls(places(stopped_gradients), places(own_rules), any(map(draws, programs)), places(in_single))
+        bits = set().union(*map(drawn_bits, programs))
+        return cls(places(stopped_gradients), places(own_rules), bits, places(in_single))
 
 
 def _terms(objective: Objective) -> tuple[Callable[..., jax.Array], list[tuple[float, tuple]]]:
@@ -278,51 +190,18 @@ class Twin:
         def draw(x: jax.Array) -> jax.Array:
             v = rng.standard_normal(x.shape)
             scale = float(jnp.linalg.norm(x)) or 1.0
-            return jnp.asarray(v / (np.linalg.norm(v) or 1.0) * scale, x.dtype)
+            return jax.device_put(jnp.asarray(v / (np.linalg.norm(v) or 1.0) * scale, x.dtype), x.sharding)
 
         v = jax.tree.map(draw, self.z)
         pairs = zip(jax.tree.leaves(self.gradient), jax.tree.leaves(v), strict=True)
         slope = float(sum(np.vdot(g, d) for g, d in pairs))
-        middle = self.value(self.z)
-        negligible, rounding = _NEGLIGIBLE * abs(middle), _ROUNDING_IN_SINGLE if self.held.single else _ROUNDING
-        forward, through = self._forward(self.run, self.z, v), None
-        if forward is not None and self.held.stops:
-            through = self._through(self.run, self.z, v)
-            if through is not None and apart(through, forward, negligible) <= rounding:
-                through = None
-        expected = slope if through is None else through
-        # A power of two: Python numbers are taken in float32, where they stand beside float64 arrays.
-        h, steps, central, gap, jump, kink = 2.0 ** round(np.log2(step)), [], [], 0.0, 0.0, 0.0
-        h, precision = (_IN_SINGLE * h, np.finfo(np.float32)) if self.held.single else (h, np.finfo(np.float64))
-        best, bound, row = 0.0, np.inf, []
+        through = self._through(self.run, self.z, v) if self.held.stops else None
+        rivals = Rivals(slope, self._forward(self.run, self.z, v), through)
 
-        def settled() -> bool:
-            error = tolerance * max(abs(best), abs(expected))
-            return bound <= 0.1 * error and abs(best - expected) <= error + 4 * bound
+        def value(at: float) -> float:
+            return self.value(jax.tree.map(lambda x, d: x + at * d, self.z, v))
 
-        while len(steps) < _LEVELS and (len(steps) < 3 or not settled()):
-            down, up = (self.value(jax.tree.map(lambda x, d, at=at: x + at * d, self.z, v)) for at in (-h, h))
-            steps.append(h)
-            central.append((up - down) / (2 * h))
-            noise = float(precision.eps) * max(abs(up), abs(down)) / h
-            # One-sided differences of a smooth run close in as h does; what stays, the same at every h, is a kink.
-            gap, wider = ((up - middle) - (middle - down)) / h, gap
-            jump, last = 2 * gap - wider, jump
-            size = max(abs(expected), abs(central[-1]), negligible) or 1.0
-            stays = abs(jump - last) < 0.25 * abs(jump)
-            kink = max(abs(jump) - 8 * noise, 0.0) / size if stays else 0.0
-            # Central differences err by powers of h squared; every column takes one more away (Ridders 1982).
-            row, before = [central[-1]], row
-            found, error = 0.0, np.inf
-            for j, above in enumerate(before):
-                row.append(row[j] + (row[j] - above) / (4 ** (j + 1) - 1))
-                this = max(abs(row[-1] - row[j]), abs(row[-1] - above)) + noise
-                found, error = (row[-1], this) if this < error else (found, error)
-            # What larger steps agreed on must hold at smaller ones.
-            if error < bound or abs(found - best) > 4 * (error + bound):
-                best, bound = found, error
-            h /= 2
-        return Direction(slope, forward, through, steps, central, best, float(bound), kink, negligible, rounding)
+        return compared(rivals, value, step, tolerance, single=bool(self.held.single))
 
     def telling_stops(self, rng: np.random.Generator) -> list[str]:
         """Those places where gradients are stopped that make a difference to the derivative in a random direction."""
@@ -330,7 +209,7 @@ class Twin:
         stopped, found = self._forward(self.run, self.z, v), []
         for place in self.held.stops:
             without = _Forwards(self.run, self.objective, frozenset({place}))(self.run, self.z, v)
-            if stopped is None or without is None or apart(stopped, without, 0.0) > _ROUNDING:
+            if stopped is None or without is None or differ(stopped, without):
                 found.append(place)
         return found
 
@@ -356,33 +235,29 @@ def twin(run: Run, objective: Objective, z: PyTree, found: Evaluation, window: i
 
     Errors: `NoTwinError` where a function of the run insists on float32.
     """
-    drawn = Held.of(run, objective, z).draws
-    # Under x64 jax.random draws other numbers, so that serves only where none are drawn.
-    contexts: list[Callable[[], AbstractContextManager[None]]] = [doubles_beside_single_draws]
-    contexts += [] if drawn else [partial(jax.enable_x64, True)]
-    problem: Exception | None = None
-    for context in contexts:
-        with context():
+    held, problem = Held.of(run, objective, z), None
+    for x64 in (True, False):
+        with doubles_beside_single_draws(x64=x64):
             try:
                 made = _doubled(run.training, objective, z, found, window)
+                if not made.held.bits <= held.bits:
+                    raise TypeError("random numbers are drawn past the functions of jax.random, in other bits")
             except (TypeError, ValueError, MetagradientError) as error:
                 problem = problem or error
                 continue
             with full_precision(run.training.allow_low_precision):
                 yield made
             return
-    raise NoTwinError(
-        f"the run can't be traced in float64, so nothing was compared: {str(problem).rstrip('.')}. Its functions must "
-        "follow the dtypes of their arguments (jnp.zeros(shape, x.dtype), not jnp.zeros(shape))"
-        + (", as it draws random numbers, which are others under jax_enable_x64" if drawn else "")
-    ) from problem
+    text = f"the run has no float64 twin, so nothing was compared: {str(problem).rstrip('.')}"
+    if not isinstance(problem, (NonFiniteError, ReplayMismatch)):
+        text += ". Its functions must follow the dtypes of their arguments: x.dtype, not jnp.float32"
+    raise NoTwinError(text) from problem
 
 
 def _doubled(training: Training, objective: Objective, z: PyTree, found: Evaluation, window: int | None) -> Twin:
     training, z, stats = _double(training), _to_float64(z), found.stats
-    gradient = value_and_metagrad(
-        training, objective, schedule=stats.schedule, segment=stats.segment, window=window
-    )(z)[1]  # fmt: skip
+    options: dict[str, Any] = {"schedule": stats.schedule, "segment": stats.segment, "window": window}
+    gradient = value_and_metagrad(training, objective, **options)(z)[1]
     for path, leaf in paths(gradient):
         if leaf.dtype != jnp.float64:
             raise TypeError(f"the gradient of z{path} came out in {leaf.dtype}")
@@ -421,4 +296,16 @@ def _double(training: Training) -> Training:
             return _to_float64(start(z))
     else:
         init = _to_float64(init)
-    return replace(training, init=init, batches=_DoubleBatches(training.batches))
+    step = training.step
+    step = replace(step, loss=_fresh(step.loss)) if isinstance(step, LossStep) else _fresh(step)
+    return replace(training, init=init, step=step, batches=_DoubleBatches(training.batches))
+
+
+def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Another function that does the same, so that its programs aren't shared, and go with it."""
+
+    @wraps(function)
+    def called(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return called
