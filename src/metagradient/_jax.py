@@ -45,6 +45,8 @@ _JAX_FOLDER = os.path.dirname(jax.__file__)
 _VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 _JVP = ("custom_jvp_call", "custom_jvp_call_jaxpr")
 _TRANSPOSES = ("linear_call", "custom_transpose_call", "custom_linear_solve")
+# From jax 0.11 on: a primitive made of a class, with rules of its own.
+_CLASS = "call_hi_primitive"
 TRUE_DERIVATIVE = "metagradient.true_derivative"
 """Name scope that marks a call whose own rule is the derivative of its value."""
 
@@ -198,17 +200,28 @@ def own_rules(program: Program) -> list[str]:
     Any `custom_vjp`; a `custom_jvp`, linear solve or transpose whose function isn't defined in JAX; and `custom_root`,
     whose tangent solve is the user's.
     """
-    return _places(e for e in equations(program) if _has_own_rule(e))
+    return list(dict.fromkeys(_defined(e) for e in equations(program) if _has_own_rule(e)))
 
 
 def _has_own_rule(eqn: core.JaxprEqn) -> bool:
     name = eqn.primitive.name
-    if name not in (*_VJP, *_JVP, *_TRANSPOSES) or TRUE_DERIVATIVE in str(eqn.source_info.name_stack):
+    if name not in (*_VJP, *_JVP, *_TRANSPOSES, _CLASS) or TRUE_DERIVATIVE in str(eqn.source_info.name_stack):
         return False
     if name in _VJP:
         return True
-    sources = [_source(program) for value in eqn.params.values() for program in _functions_in(value)]
-    return any(not _is_jax(source) or source.startswith("_custom_root ") for source in sources)
+    if name == _CLASS:
+        kind = type(eqn.params["_prim"])
+        return not kind.__module__.startswith("jax.") or kind.__name__ == "CustomRoot"
+    return any(not _is_jax(source) or source.startswith("_custom_root ") for source in _sources(eqn))
+
+
+def _sources(eqn: core.JaxprEqn) -> list[str]:
+    return [_source(function) for value in eqn.params.values() for function in _functions_in(value)]
+
+
+def _defined(eqn: core.JaxprEqn) -> str:
+    """Where the first function of somebody's own in an equation is defined; else where it is called."""
+    return next((source for source in _sources(eqn) if source and not _is_jax(source)), summarize(eqn.source_info))
 
 
 def _functions_in(value: Any) -> Iterator[Any]:

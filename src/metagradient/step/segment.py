@@ -48,6 +48,10 @@ class Segment:
             raise StructureError(f"loop is one of {get_args(Loop)}, keep one of {get_args(Keep)}: {self}")
 
 
+SINGLE_STEPS = Segment(1, "steps", "state")
+"""One program of one step: what needs no choice, for trainings that nobody differentiates."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kept:
