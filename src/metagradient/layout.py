@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from metagradient._jax import trace
 from metagradient.errors import StructureError
 
 Spread: TypeAlias = tuple[Any, ...]
@@ -44,6 +46,18 @@ def placed(function: Callable[..., jax.Array], over: Spread, *arguments: Any) ->
         return function(*arguments)
     automatic: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=PartitionSpec(*over))
     return automatic(*arguments)
+
+
+def returned(function: Callable[[], Any]) -> Any:
+    """Types of what a function returns. `jax.eval_shape` would leave out how it is spread, if one axis is automatic."""
+    program, shapes = trace(function)
+    return jax.tree.unflatten(jax.tree.structure(shapes), program.out_avals)
+
+
+def nothing(kind: Any) -> jax.Array:
+    """Zeros of a type."""
+    sharding = kind.sharding if kind.sharding.mesh.explicit_axes else None
+    return jnp.zeros(kind.shape, kind.dtype, device=sharding)
 
 
 def shares(axes: Any) -> int:

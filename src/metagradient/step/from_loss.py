@@ -12,7 +12,7 @@ from jax import lax
 from metagradient._jax import reaching, trace
 from metagradient.errors import DerivativeError, StructureError
 from metagradient.examples import Examples, holds_examples
-from metagradient.layout import placed, shares, spread
+from metagradient.layout import nothing, placed, returned, shares, spread
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
 from metagradient.step.adjoint import (
     Loss,
@@ -302,7 +302,7 @@ class LossStep:
         if m == 1:
             return one(batch, z)
         parts = self._parts(batch, z)
-        shape, treedef = jax.tree.flatten(jax.eval_shape(lambda: one(*parts(0))), _is_example)
+        shape, treedef = jax.tree.flatten(returned(lambda: one(*parts(0))), _is_example)
         adds = [not _is_example(x) and is_floating(x) for x in shape]
 
         def body(total: list[jax.Array], j: Any) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -311,7 +311,7 @@ class LossStep:
             rest = [x.value if _is_example(x) else x for x, a in zip(leaves, adds, strict=True) if not a]
             return [t + x for t, x in zip(total, summed, strict=True)], rest
 
-        start = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x, a in zip(shape, adds, strict=True) if a]
+        start = [nothing(x) for x, a in zip(shape, adds, strict=True) if a]
         total, rest = lax.scan(body, start, jnp.arange(m), unroll=m if self.unroll else 1)
         summed, apart = iter(total), iter(rest)
         joined = [
