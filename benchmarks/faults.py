@@ -50,7 +50,7 @@ def probe(row: str, what: str, right: Any) -> Callable[[Callable[[], Any]], Call
 
 
 def final(state: Any, z: Any) -> Any:
-    return jnp.sum(state.params**2)
+    return jnp.sum(jnp.square(state.params))
 
 
 # W1: derivative rules of a loss's own.
@@ -265,7 +265,7 @@ def looped(optimizer: Any) -> Any:
             loss = lambda p, b=b: jnp.mean(weights[b["index"]] * (b["x"] @ p - 1) ** 2)  # noqa: E731
             v, g = jax.value_and_grad(loss)(p)
             updates, state = made.update(g, state, p, value=v, grad=g)
-            p = optax.apply_updates(p, updates)
+            p = jnp.asarray(optax.apply_updates(p, updates))
         return jnp.sum(p**2)
 
     return jax.grad(value)(jnp.ones(N))[:3]
@@ -371,7 +371,7 @@ def dropped_out() -> Any:
 
     batches = [{"x": b["x"].astype(np.float32), "index": b["index"]} for b in BATCHES]
     init = jnp.asarray(W, jnp.float32), jax.random.key(0)
-    training = mg.Training.from_loss(loss, optax.sgd(np.float32(0.5)), init, batches, has_model_state=True)
+    training = mg.Training.from_loss(loss, optax.sgd(0.5), init, batches, has_model_state=True)
     with jax.enable_x64(False):
         return mg.check(training, final, {"weights": mg.PerExample(jnp.ones(N, jnp.float32))})
 

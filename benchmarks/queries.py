@@ -85,7 +85,8 @@ def measure(norm: str, count: int) -> dict[str, float]:
 
     if not count:
         scalar = mg.value_and_metagrad(training, lambda s, z: queries(s, z)[0], segment=segment)
-        plain(), scalar(z)
+        plain()
+        scalar(z)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         seconds = [(timed(plain), timed(lambda: scalar(z))) for _ in range(ROUNDS)]
         return {"plain": median(s[0] for s in seconds), "seconds": median(s[1] for s in seconds), "MiB": peak / 1024}

@@ -85,7 +85,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_dropping_a_training_frees_all_that_its_functions_close_over(use):
     captured = Captured(0.5)
-    references = [weakref.ref(captured)]
+    references: list[weakref.ref] = [weakref.ref(captured)]
     training = training_with(captured)
     references.append(weakref.ref(training.programs))
     USES[use](training)

@@ -100,7 +100,10 @@ def scaled(x):
     return optax.scale_gradient(x, 0.3)
 
 
-RULES = {f.__name__: f for f in (reversal, clipped, by_value, stretched, twisted, half_transposed, scaled)}
+RULES: dict[str, Any] = {
+    "reversal": reversal, "clipped": clipped, "by_value": by_value, "stretched": stretched, "twisted": twisted,
+    "half_transposed": half_transposed, "scaled": scaled,
+}  # fmt: skip
 
 
 def in_scan(rule):

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import lax
 from jax._src import config
@@ -63,7 +63,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 @cache
 def _compiler_options(backend: str) -> dict[str, Any] | None:
     # jaxlib 0.10 on CPU fuses wrongly what vmapped norms are pulled back by: rows from the third on are wrong.
-    if backend == "cpu" and jaxlib.__version__.startswith("0.10."):
+    if backend == "cpu" and version("jaxlib").startswith("0.10."):
         return {"xla_cpu_experimental_ynn_fusion_type": ""}
     return None
 

@@ -97,7 +97,7 @@ class CountSurrogate:
         if not 0 <= self.at < steps - 1:
             raise ConfigError(f"at must be from 0 to {steps - 2}, so that a step follows it, got {self.at}")
         state = self._head(training, rule, segment)
-        batch = Feed(batches, {})[self.at]
+        batch = Feed(batches)[self.at]
         pushed = shared(_Pushed, rule)
         tail = Training(
             lambda z: pushed.advance(state, batch, z["push"]), rule, _Part(batches, self.at + 1, steps),

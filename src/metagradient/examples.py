@@ -1,7 +1,7 @@
 """Which leaves of a batch hold examples: one rule, for micro-batches and for means over a validation set."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 
@@ -14,8 +14,10 @@ Examples: TypeAlias = tuple[str | int, ...] | Callable[[PyTree], int] | None
 
 def checked(examples: Any) -> Examples:
     """What the user gave as `examples=`, in a form that can be hashed; `StructureError` for what is neither form."""
-    if examples is None or callable(examples):
-        return examples
+    if examples is None:
+        return None
+    if callable(examples):
+        return cast("Callable[[PyTree], int]", examples)
     if isinstance(examples, str):
         return (examples,)
     if isinstance(examples, Sequence) and examples and all(isinstance(name, str | int) for name in examples):

@@ -267,9 +267,9 @@ def value_and_metagrad(
         one run for `TwoLevel`, about log_k T for `KaryTree(k)`. Without `memory=`, batches that were read are held in
         host memory, up to a sixteenth of what is free, so that replays needn't read them again.
 
-    Many devices of one process: spread batches, the initial state and z over a mesh, and states stay spread as they are.
-    With explicit axes (what `jax.make_mesh` makes) everything is called within `jax.set_mesh(mesh)`, the gradient is
-    spread as z is, and a micro-batch must be divisible as its batch was.
+    Many devices of one process: spread batches, the initial state and z over a mesh, and states stay spread as they
+    are. With explicit axes (what `jax.make_mesh` makes) everything is called within `jax.set_mesh(mesh)`, the gradient
+    is spread as z is, and a micro-batch must be divisible as its batch was.
 
     Source: Engstrom et al. 2025, "Optimizing ML Training with Metagradient Descent", arXiv 2503.13751.
 

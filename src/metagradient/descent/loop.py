@@ -235,7 +235,7 @@ def descend(
         def also() -> dict[str, Any]:
             run: Any = training
             if fresh:
-                run = training(inner_seed(seed, 0, 0))
+                run = run(inner_seed(seed, 0, 0))
                 check_drawn(run, inner_seed(seed, 0, 0))
             objectives = {"digest of the objective": objective, "held_out": held_out}
             return {

@@ -84,9 +84,9 @@ class Watch:
                 raise NotFinite
             if what == "cotangent" and (apart := max(float(x) for x in jax.tree.leaves(found))) > _ASYMMETRIC:
                 raise DerivativeError(
-                    f"the loss holds a derivative rule of its own that isn't the derivative of its value: from step {step} "
-                    f"on its gradient's Jacobian is asymmetric (by {apart:.0%}), and the gradient can't be differentiated "
-                    "in reverse, where that wouldn't matter. Write the rule without while loops"
+                    "the loss holds a derivative rule of its own that isn't the derivative of its value: from step "
+                    f"{step} on its gradient's Jacobian is asymmetric (by {apart:.0%}), and the gradient can't be "
+                    "differentiated in reverse, where that wouldn't matter. Write the rule without while loops"
                 )
 
 

@@ -50,7 +50,7 @@ class Form:
         self.rule = rule
 
     @cached_property
-    def advance_one(self) -> Callable[..., Any]:
+    def advance_one(self) -> Any:
         """`(state, z, t, batch)`, see `segment.advance_one`."""
         rule = self.rule
         return compiled(lambda *arguments: advance_one(rule, *arguments))
@@ -72,7 +72,7 @@ class Form:
         return compiled(advance, donate_argnums=0)
 
     @cached_property
-    def pull_one(self) -> Callable[..., Any]:
+    def pull_one(self) -> Any:
         """`(queries, total, cotangent, z, t, state, beside, batch)`, see `segment.pull_one`; `total` is used up."""
         rule = self.rule
         return compiled(lambda *arguments: pull_one(rule, *arguments), static_argnums=0, donate_argnums=1)
