@@ -222,7 +222,7 @@ EXACT: dict[str, Row] = {
     "adopt": Row(lambda lr: contrib.adopt(lr, eps=1e-3), 0.05),
     "cocob": Row(lambda lr: contrib.cocob(lr, eps=1e-3), 1.0),
     "dadapt_adamw": Row(lambda lr: contrib.dadapt_adamw(lr, eps=1e-3, estim_lr0=1e-2, weight_decay=0.1), 1.0),
-    "dog": Row(lambda lr: contrib.dog(lr, ("distance", 0.1)), 1.0),
+    "dog": Row(lambda lr: contrib.dog(lr, init_step=("distance", 0.1)), 1.0),
     "dowg": Row(lambda lr: contrib.dowg(lr, 0.1), 1.0),
     # Takes its projection in float32.
     "galore": Row(lambda lr: contrib.galore(lr, rank=3, update_proj_gap=2), 0.02, tolerance=1e-5),
@@ -248,7 +248,9 @@ def test_exact(name, segment):
     row = EXACT[name]
     try:
         row.make(0.1)
-    except AttributeError as missing:
+    except (AttributeError, TypeError) as missing:
+        if tuple(map(int, optax.__version__.split(".")[:3])) >= (0, 2, 8):
+            raise
         pytest.skip(f"the optax installed has no such optimizer: {missing}")
     problem = row.problem()
     assert_same(metagradient(problem, segment=segment), reference(problem, row.extra), row.tolerance)
