@@ -239,6 +239,10 @@ def value_and_metagrad(
     $$\nabla_z = \sum_t \bar s_{t+1} \partial_z h_t + \bar s_0 \partial_z s_0 + \partial_z \phi, \qquad
       \bar s_t = \bar s_{t+1} \partial_s h_t, \quad \bar s_T = \partial_s \phi.$$
 
+    Exact is what `jax.grad` gives of the whole loop, to rounding. Where a loss stops gradients (`lax.stop_gradient`,
+    detached targets), or a rule in it isn't the derivative of its value, that isn't the derivative of the run: `check`
+    tells the two apart.
+
     Arguments:
         training: the run.
         objective: `(final state, z) -> scalar`, z as it was given; `mean_over` builds one from a validation set.
