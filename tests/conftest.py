@@ -5,6 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from metagradient.step import programs
+
 # Run by hand, where torch and transformers are installed.
 collect_ignore = ["make_checkpoint_fixtures.py"]
 
@@ -17,11 +19,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
 
 
+# Modules whose tests share no programs, or look at when those are freed.
+OF_THEIR_OWN = {
+    *("test_check", "test_examples_axis", "test_frameworks", "test_jax", "test_lifetimes", "test_optimizers"),
+    *("test_queries", "test_rules", "test_slips"),
+}
+
+
 @pytest.fixture(autouse=True, scope="module")
-def no_more_programs_than_a_module_needs() -> Iterator[None]:
-    """Compiled programs hold memory maps, of which a process may have some 65,000: all of a suite's are too many."""
+def programs_of_a_module(request: pytest.FixtureRequest, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests of a module share compiled programs, as the steps of one owner would, and leave none to the next module.
+
+    Compiled programs hold memory maps, of which a process may have some 65,000: all of a suite's are too many.
+    """
+    if request.module.__name__ not in OF_THEIR_OWN:
+        monkeypatch_module.setattr(programs, "_LIVE", {})
     yield
+    monkeypatch_module.undo()
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    """A monkeypatch that lasts as long as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
 
 
 @pytest.fixture(scope="session")

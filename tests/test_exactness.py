@@ -429,3 +429,11 @@ def test_batch_norm_is_read_at_its_running_statistics():
         lambda s: batch_norm_held_out(replace(state, model_state={**statistics, "mean": s}), None), statistics["mean"]
     )
     assert np.any(np.abs(pull(jnp.ones(()))[0]) > 1e-3)
+
+
+@pytest.mark.parametrize("segment", [Segment(1, "steps", "state"), Segment(4), Segment(3, "unroll")], ids=str)
+def test_batches_without_leaves(segment):
+    """A run of ten steps that read no data: (1 - rate)^10."""
+    training = mg.Training(jnp.ones(3), lambda state, batch, z: state * (1 - z["rate"]), [{}] * 10)
+    grad = mg.value_and_metagrad(training, lambda state, z: state[0], segment=segment)({"rate": jnp.asarray(0.1)})[1]
+    assert float(grad["rate"]) == pytest.approx(-10 * 0.9**9, rel=1e-6)

@@ -57,9 +57,9 @@ class Form:
 
     @cached_property
     def advance_many(self) -> Callable[..., Any]:
-        """`(unroll, state, z, start, batches)`, see `segment.advance_many`."""
+        """`(unroll, length, state, z, start, batches)`, see `segment.advance_many`."""
         rule = self.rule
-        return compiled(lambda *arguments: advance_many(rule, *arguments), static_argnums=0)
+        return compiled(lambda *arguments: advance_many(rule, *arguments), static_argnums=(0, 1))
 
     @cached_property
     def advance_company(self) -> Callable[..., Any]:

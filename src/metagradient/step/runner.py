@@ -181,4 +181,5 @@ class Runner:
         return self.segment.loop == "unroll"
 
     def _many(self, i: int, state: PyTree, batches: Any) -> tuple[PyTree, Any, Any]:
-        return self.form.advance_many(self._unroll, state, self.z, np.int32(self.steps(i).start), batches)
+        steps = self.steps(i)
+        return self.form.advance_many(self._unroll, len(steps), state, self.z, np.int32(steps.start), batches)

@@ -103,13 +103,12 @@ def advance_one(rule: Rule, state: PyTree, z: PyTree, t: Any, batch: PyTree) -> 
 
 
 def advance_many(
-    rule: Rule, unroll: bool, state: PyTree, z: PyTree, start: Any, batches: PyTree
+    rule: Rule, unroll: bool, length: int, state: PyTree, z: PyTree, start: Any, batches: PyTree
 ) -> tuple[PyTree, Any, Any]:
-    """Steps over stacked batches: the last state; all states before a step, and what those steps left.
+    """`length` steps over stacked batches: the last state; all states before a step, and what those steps left.
 
     The one program that advances states, whether what it keeps is used or not.
     """
-    length = jax.tree.leaves(batches)[0].shape[0]
     moving, whole = _divide(slices(z, start + jnp.arange(length), _index(z, batches)))
 
     def body(state: PyTree, x: Any) -> tuple[PyTree, Any]:
@@ -117,7 +116,7 @@ def advance_many(
         new, kept = rule.advance(state, batch, whole(parts))
         return strong(new), (state, kept)
 
-    state, (states, beside) = lax.scan(body, state, (batches, moving), unroll=length if unroll else 1)
+    state, (states, beside) = lax.scan(body, state, (batches, moving), length=length, unroll=length if unroll else 1)
     return state, states, beside
 
 
@@ -178,7 +177,7 @@ def pull_many(
     kept: Kept,
 ) -> Pulled:
     """Adjoint of a segment, from last step to first; see `pull_one`."""
-    length = jax.tree.leaves(kept.batches)[0].shape[0]
+    length = jax.tree.leaves(kept.states)[0].shape[0]
     t, index = start + jnp.arange(length), _index(z, kept.batches)
     moving, whole = _divide(slices(z, t, index))
 
