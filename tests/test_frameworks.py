@@ -146,10 +146,14 @@ def haiku() -> Problem:
 FRAMEWORKS = {f.__name__: f for f in (flax_nnx, flax_linen, equinox, haiku)}
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_check_passes(framework, monkeypatch):
+@pytest.fixture(autouse=True)
+def quickly_compiled(monkeypatch):
     options = _jax._compiler_options(jax.default_backend()) or {}
     monkeypatch.setattr(_jax, "_compiler_options", lambda backend: {**options, "xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_check_passes(framework):
     made = FRAMEWORKS[framework]()
     report = mg.check(made.training(), made.objective, made.z, segment=SEGMENT, directions=1)
     assert report.ok, str(report)

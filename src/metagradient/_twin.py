@@ -196,7 +196,11 @@ class Twin:
         pairs = zip(jax.tree.leaves(self.gradient), jax.tree.leaves(v), strict=True)
         slope = float(sum(np.vdot(g, d) for g, d in pairs))
         through = self._through(self.run, self.z, v) if self.held.stops else None
-        rivals = Rivals(slope, self._forward(self.run, self.z, v), through)
+        if through is not None and not differ(slope, through):
+            # The stops are to no effect, as in a softmax's: one program less to compile.
+            rivals = Rivals(slope, through, None)
+        else:
+            rivals = Rivals(slope, self._forward(self.run, self.z, v), through)
 
         def value(at: float) -> float:
             return self.value(jax.tree.map(lambda x, d: x + at * d, self.z, v))
