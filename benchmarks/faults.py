@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -429,7 +430,7 @@ def outcome(function: Callable[[], Any]) -> Any:
     except Exception as error:
         kind = type(error)
         name = kind.__name__ if kind.__module__.startswith("metagradient") else f"{kind.__module__}.{kind.__name__}"
-        words = " ".join(str(error).split())
+        words = re.sub(r"(?:/[\w.-]+)+/|,? at 0x[0-9a-f]+", "", " ".join(str(error).split()))
         return f"{name.removeprefix('builtins.')}: {words}"
     if isinstance(found, str | bool):
         return found
@@ -456,8 +457,6 @@ def written(value: Any) -> str:
 
 
 def agrees(found: Any, right: Any) -> bool:
-    import re
-
     if isinstance(right, str):
         return isinstance(found, str) and re.match(right, found) is not None
     if isinstance(found, str) or isinstance(found, bool) != isinstance(right, bool):
