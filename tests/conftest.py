@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # Modules whose tests share no programs, or look at when those are freed.
 OF_THEIR_OWN = {
     *("test_check", "test_examples_axis", "test_frameworks", "test_jax", "test_lifetimes", "test_optimizers"),
-    *("test_queries", "test_rules", "test_slips"),
+    *("test_queries", "test_rules", "test_slips", "test_sweep"),
 }
 
 

@@ -177,6 +177,9 @@ class Journal:
         timings = self.directory / TIMINGS
         try:
             taken = read_lines(timings)
+            for number, line in enumerate(taken, 1):
+                if not isinstance(line, dict):
+                    raise StoreError(f"{timings} was changed on disk: line {number} is no JSON object")
         except StoreError as error:
             raise StoreError(f"{error}. It holds nothing but timings: remove it, and the descent goes on") from error
         kept = [t for t in taken if isinstance(t.get("step"), int) and t["step"] < header["step"]]
@@ -187,26 +190,23 @@ class Journal:
         self._before = length + len(line.encode()), crc32(line.encode(), checksum)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of `records.jsonl` or `timings.jsonl`, but for a last one that is torn; none where it is absent.
+def read_lines(path: Path) -> list[Any]:
+    """The lines of a file of JSON lines, but for a last one that is torn; none where it is absent.
 
-    Errors: `StoreError` for a whole line that isn't a JSON object: no kill makes one.
+    Errors: `StoreError` for a whole line that isn't JSON: no kill makes one.
     """
     *lines, _torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
-    return [_object(path, number, line) for number, line in enumerate(lines, 1)]
+    return [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parsed(path: Path, number: int, line: bytes) -> Any:
     try:
-        found = json.loads(line.decode())
+        return json.loads(line.decode())
     except ValueError as error:
         raise StoreError(f"{path} was changed on disk: line {number} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise StoreError(f"{path} was changed on disk: line {number} is no JSON object")
-    return found
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[Any]:
     """As `read_lines`, and a last line that a kill tore is cut off the file: what is appended starts a line."""
     lines = read_lines(path)
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
