@@ -167,7 +167,7 @@ def test_weak_types():
 
 
 def test_a_norm_s_pull_back_of_many_cotangents_is_right():
-    """jaxlib 0.10 on CPU fuses this wrongly, from the third row on, without the option that `compiled` gives."""
+    """jaxlib 0.10 on CPU fuses this wrongly, from the third row on, without the options that `compiled` gives."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(512, 32)), jnp.float32)
     cotangents = jnp.asarray(np.random.default_rng(1).normal(size=(9, 512, 32)), jnp.float32)
 
@@ -178,6 +178,22 @@ def test_a_norm_s_pull_back_of_many_cotangents_is_right():
     found = _jax.compiled(pulled)(x, cotangents)
     expected = cotangents * x.mean(-1, keepdims=True) + (cotangents * x).sum(-1, keepdims=True) / 32
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_steps_through_norms_side_by_side_are_right():
+    """jaxlib 0.12 on CPU fuses this wrongly, in every row, without the options that `compiled` gives."""
+    random = np.random.default_rng(0)
+    params, y = random.normal(size=(9, 512, 72)).astype(np.float32), random.normal(size=(512, 72)).astype(np.float32)
+
+    def step(p):
+        return p - 1e3 * jax.grad(lambda p: jnp.mean(y * p * lax.rsqrt(jnp.mean(p**2, -1, keepdims=True))))(p)
+
+    expected = np.stack([_jax.compiled(step)(p) for p in params])
+    np.testing.assert_allclose(_jax.compiled(jax.vmap(step))(params), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_options_that_the_compiler_has_not_got():
+    assert not _jax._takes({"xla_cpu_an_option_that_there_never_was": ""})
 
 
 def test_doubles_beside_single_draws():

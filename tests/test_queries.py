@@ -1,4 +1,4 @@
-"""Many queries at once, through norms: what jaxlib 0.10 on CPU compiles wrongly above 32,768 elements."""
+"""Many queries at once, through norms: what jaxlib on CPU compiles wrongly above 32,768 elements."""
 
 from typing import Any
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
-from importlib.metadata import version
 from typing import Any, TypeAlias
 
 import jax
@@ -62,10 +61,21 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 @cache
 def _compiler_options(backend: str) -> dict[str, Any] | None:
-    # jaxlib 0.10 on CPU fuses wrongly what vmapped norms are pulled back by: rows from the third on are wrong.
-    if backend == "cpu" and version("jaxlib").startswith("0.10."):
-        return {"xla_cpu_experimental_ynn_fusion_type": ""}
-    return None
+    # XLA's fusions into YNNPACK, new in jaxlib 0.10, compute wrongly what vmapped norms are pulled back by: rows from
+    # the third on (0.10), or a step of every one of several trainings (0.12, on processors with AVX-512 at least).
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    return options if backend == "cpu" and _takes(options) else None
+
+
+def _takes(options: dict[str, Any]) -> bool:
+    """Whether this compiler has these options."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            return False
+        raise
+    return True
 
 
 class _Compiling:
