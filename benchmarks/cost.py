@@ -62,7 +62,7 @@ class Problem:
                 left, end = runner.keep(i, state)
                 kept.append(left)
                 state = end()
-            cotangent, total = floating(state)[0], zeros(runner.z)
+            cotangent, total = floating(state)[0], zeros(runner.given.z)
             for i in reversed(range(len(runner))):
                 pulled = runner.pull(i, kept.pop(), cotangent, total)
                 cotangent, total = pulled.cotangent, pulled.total

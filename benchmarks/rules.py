@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import metagradient as mg
-from metagradient.metaparameters import canonical, wrapped
+from metagradient.given import Given
+from metagradient.metaparameters import canonical
 from metagradient.step.segment import Segment
 from metagradient.trees import floating
 
@@ -48,17 +49,17 @@ def adjoint(problem: Any, rule: Any) -> tuple[Any, Any, int]:
         return (rule(found[0]), found[1]) if isinstance(found, tuple) else rule(found)
 
     training = replace(problem.training, step=replace(step, loss=loss))
-    z = wrapped(canonical(problem.z))
+    given = Given.of(canonical(problem.z))
     state, batch, t = training.initial(problem.z), training.batches[0], np.int32(0)
     form = training.programs.form(Segment(1, "steps", "state"))
     cotangent = jax.tree.map(jnp.ones_like, floating(state)[0])
 
     def pull() -> Any:
-        return form.pull_one(False, jax.tree.map(jnp.zeros_like, z), cotangent, z, t, state, (), batch)
+        return form.pull_one(False, jax.tree.map(jnp.zeros_like, given.z), cotangent, given, t, state, (), batch)
 
-    arguments = False, jax.tree.map(jnp.zeros_like, z), cotangent, z, t, state, (), batch
+    arguments = False, jax.tree.map(jnp.zeros_like, given.z), cotangent, given, t, state, (), batch
     temporaries = form.pull_one.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-    return lambda: form.advance_one(state, z, t, batch), pull, temporaries
+    return lambda: form.advance_one(state, given, t, batch), pull, temporaries
 
 
 def timed(work: Any) -> float:

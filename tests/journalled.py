@@ -47,7 +47,7 @@ def descent(out: Path, **changes: Any) -> mg.Descent:
         "steps": STEPS,
         "seeds": 2,
         "project": mg.updates.box(0.0, 0.9),
-        "held_out": lambda s, z: (z["rate"].value[1] - 0.3) ** 2 + 0 * s.sum(),
+        "held_out": lambda s, z: (z["rate"][1] - 0.3) ** 2 + 0 * s.sum(),
         "segment": mg.Segment(1, "steps", "state"),
         "out": out,
     }

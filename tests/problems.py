@@ -121,9 +121,22 @@ def seen(z: Any, t: Any, index: Any) -> Any:
         if isinstance(kind, mg.PerExample):
             ids = np.arange(kind.value.shape[0]) if kind.rows is None else kind.rows
             return jnp.tensordot((index[:, None] == ids).astype(kind.value.dtype), kind.value, 1)
+        if isinstance(kind, mg.PerGroup):
+            value = kind.value if kind.value.ndim == 1 else kind.value[t]
+            member = jnp.asarray(kind.groups)[index][:, None] == np.arange(value.shape[0])
+            return jnp.sum(jnp.where(member, value, 0), 1)
         return kind.value if isinstance(kind, mg.Shared) else kind
 
-    return jax.tree.map(one, z, is_leaf=lambda x: isinstance(x, mg.Shared | mg.PerStep | mg.PerExample))
+    return jax.tree.map(one, z, is_leaf=_is_kind)
+
+
+def _is_kind(x: Any) -> bool:
+    return isinstance(x, mg.Shared | mg.PerStep | mg.PerExample | mg.PerGroup)
+
+
+def without_kinds(z: Any) -> Any:
+    """What functions of the user's see of z."""
+    return jax.tree.map(lambda k: k.value if _is_kind(k) else k, z, is_leaf=_is_kind)
 
 
 def mean(trees: list[Any]) -> Any:
@@ -173,7 +186,7 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
     step: Any = _reference_step(problem.loss, problem.optimizer, problem.has_model_state, problem.microbatches)
 
     def run(z: Any) -> Any:
-        given: Any = problem.init(z) if callable(problem.init) else problem.init
+        given: Any = problem.init(without_kinds(z)) if callable(problem.init) else problem.init
         params, model_state = given if problem.has_model_state else (given, None)
         params = jax.tree.map(jnp.asarray, params)
         opt_state = _optimiser(problem.optimizer, z, 0, problem.batches[0]).init(params)
@@ -184,7 +197,7 @@ def unrolled(problem: Problem, window: int | None = None) -> Callable[[Any], Any
             carry = step(carry, lax.stop_gradient(z) if frozen else z, t, batch)
             carry = lax.stop_gradient(carry) if frozen else carry
         params, opt_state, model_state = carry
-        return problem.objective(mg.TrainState(params, opt_state, model_state, jnp.int32(steps)), z)
+        return problem.objective(mg.TrainState(params, opt_state, model_state, jnp.int32(steps)), without_kinds(z))
 
     return run
 

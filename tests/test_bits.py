@@ -14,7 +14,7 @@ from problems import EXAMPLES, STEPS, Problem, batch_norm, digit_loss, dropout, 
 
 import metagradient as mg
 from metagradient import Segment
-from metagradient.metaparameters import wrapped
+from metagradient.given import Given
 from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
 from metagradient.step.runner import Runner
 from metagradient.trees import floating
@@ -183,14 +183,15 @@ def programs(examples, steps, queries):
     """The compiled step, and its compiled adjoint, for z of a size."""
     problem = Problem(pixels_loss, init=mlp(np.float32), batches=driven().batches)
     training = problem.training()
-    z = wrapped(sized(examples, steps))
+    z = sized(examples, steps)
+    given = Given.of(z)
     state, batch, t = training.initial(z), jax.tree.map(jnp.asarray, problem.batches[0]), jnp.int32(0)
-    cotangent, total = floating(state)[0], z
+    cotangent, total = floating(state)[0], given.z
     if queries:
         cotangent, total = jax.tree.map(lambda x: jnp.stack([x] * 2), (cotangent, total))
     form = training.programs.form(STEPWISE)
-    forward = form.advance_one.lower(state, z, t, batch).compile()
-    adjoint = form.pull_one.lower(queries, total, cotangent, z, t, state, (), batch).compile()
+    forward = form.advance_one.lower(state, given, t, batch).compile()
+    adjoint = form.pull_one.lower(queries, total, cotangent, given, t, state, (), batch).compile()
     return sizes(forward), sizes(adjoint)
 
 

@@ -16,7 +16,7 @@ from problems import rows
 import metagradient as mg
 from metagradient import _check, _jax
 from metagradient._jax import doubles_beside_single_draws
-from metagradient.metaparameters import accumulate
+from metagradient.given import accumulate
 from metagradient.schedule import KaryTree, KeepAll, TwoLevel
 from metagradient.step import rules, segment
 from metagradient.step.from_loss import LossStep
@@ -397,8 +397,8 @@ def scaled(monkeypatch):
 def first_step_only(monkeypatch):
     """What every step gives is added to the first step's entry."""
 
-    def added(total, cotangent, t, index):
-        return accumulate(total, cotangent, 0 * t, index)
+    def added(total, cotangent, t, index, groups):
+        return accumulate(total, cotangent, 0 * t, index, groups)
 
     monkeypatch.setattr(segment, "accumulate", added)
 

@@ -200,8 +200,8 @@ def test_parameters_and_model_state_that_start_from_z():
         problem,
         z=problem.z | {"scale": np.asarray(1.1), "variance": mg.Shared(statistics["variance"])},
         init=lambda z: (
-            jax.tree.map(lambda p: p * z["scale"] * jnp.mean(z["weights"].value), params),
-            {**statistics, "variance": z["variance"].value ** 2},
+            jax.tree.map(lambda p: p * z["scale"] * jnp.mean(z["weights"]), params),
+            {**statistics, "variance": z["variance"] ** 2},
         ),
     )
     assert_same(metagradient(problem), reference(problem))
@@ -211,7 +211,7 @@ def test_an_objective_that_reads_z():
     problem, _ = known("momentum")
 
     def objective(state, z):
-        return held_out(state, z) * (1 + jnp.sum(z["weights"].value ** 3)) + z["temperature"].value[2] ** 2
+        return held_out(state, z) * (1 + jnp.sum(z["weights"] ** 3)) + z["temperature"][2] ** 2
 
     problem = replace(problem, objective=objective)
     assert_same(metagradient(problem), reference(problem))
@@ -251,7 +251,7 @@ QUERIES = rows(100, 103)
 def queries(state, z):
     """A loss a query, float[3]; the second reads z too."""
     losses = cross_entropy(logits(state.params, QUERIES["x"]), QUERIES["y"])
-    return losses.at[1].add(jnp.sum(z["weights"].value ** 2))
+    return losses.at[1].add(jnp.sum(z["weights"] ** 2))
 
 
 @pytest.mark.parametrize("segment", [STEPWISE, Segment(4)], ids=["steps", "scan"])

@@ -400,7 +400,7 @@ def test_randomness_that_sets_in_late_shows_in_a_replay(schedule):
 
 def test_a_start_drawn_anew():
     def init(z):
-        return {"w": jnp.mean(z["weights"].value) + np.random.default_rng().normal(size=3), "taken": 0}
+        return {"w": jnp.mean(z["weights"]) + np.random.default_rng().normal(size=3), "taken": 0}
 
     with pytest.raises(ImpureStepError):
         mg.value_and_metagrad(mg.Training(init, forget, BATCHES), norm, segment=STEPWISE)(Z)

@@ -77,7 +77,7 @@ USES = {
     "queries": queries,
     "descend": descent_of,
     "check": lambda training: mg.check(training, objective, Z, directions=1),
-    "metasmoothness": lambda training: mg.metasmoothness(training, Z, objective, directions=1),
+    "metasmoothness": lambda training: mg.metasmoothness(training, objective, Z, directions=1),
     "plan": lambda training: mg.plan(training, Z, memory=mg.Memory(device="1MB")),
 }
 

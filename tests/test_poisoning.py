@@ -19,7 +19,7 @@ from metagradient.cli import main, parse
 from metagradient.data.images import Images, load_digits, load_images
 from metagradient.tasks.classifier import Classifier, Recipe
 from metagradient.tasks.gradient_canceling import cancel, corrupted, summed_gradient, value_and_pixel_gradient
-from metagradient.tasks.poisoning import Poison, Trained, ascent, figures, project
+from metagradient.tasks.poisoning import Poison, Trained, figures, project, signs
 from metagradient.tasks.poisoning_report import ARMS, PLACES
 
 ROWS = np.array([3, 17, 30])
@@ -115,11 +115,11 @@ def test_gradient_canceling_follows_its_objective(trained):
     assert np.all((images >= 0) & (images <= inside))
 
 
-def test_the_box_holds_images_and_the_ascent_moves_every_pixel_up_the_gradient():
+def test_the_box_holds_images_and_the_update_moves_every_pixel_by_its_sign():
     images, inside = DIGITS.images[:3], np.ones((8, 8, 1), np.float32)
     inside[:, :1] = 0
     images = images * inside
-    update = ascent(lambda count: 0.3 - 0.1 * count, 0.5)
+    update = signs(lambda count: 0.3 - 0.1 * count, 0.5)
 
     def pixels(values: np.ndarray) -> Any:
         return {"pixels": mg.PerExample(jnp.asarray(values), rows=ROWS)}
@@ -128,10 +128,10 @@ def test_the_box_holds_images_and_the_ascent_moves_every_pixel_up_the_gradient()
     changes: Any
     memory, gradient = update.init(z), np.random.default_rng(0).standard_normal(images.shape).astype(np.float32)
     changes, memory = update.update(pixels(gradient), memory, z)
-    np.testing.assert_allclose(changes["pixels"].value, 0.3 * np.sign(gradient), rtol=1e-6)
+    np.testing.assert_allclose(changes["pixels"].value, -0.3 * np.sign(gradient), rtol=1e-6)
     # Weaker by far, but as long once normalised: the momentum doesn't outweigh it.
     changes, _ = update.update(pixels(-1e-3 * gradient), memory, z)
-    np.testing.assert_allclose(changes["pixels"].value, -0.2 * np.sign(gradient), rtol=1e-6)
+    np.testing.assert_allclose(changes["pixels"].value, 0.2 * np.sign(gradient), rtol=1e-6)
 
     found = project(pixels(5 * gradient)["pixels"], images, inside)
     poisoned = images + np.asarray(found.value)

@@ -10,7 +10,7 @@ import pytest
 
 import metagradient as mg
 from metagradient.errors import CompilerError
-from metagradient.metaparameters import wrapped
+from metagradient.given import Given
 from metagradient.step import segment as segments
 from metagradient.step.segment import Segment
 
@@ -131,13 +131,13 @@ def test_a_compiler_that_batches_wrongly_is_found_out(monkeypatch):
 
 def test_memory_does_not_grow_with_queries():
     training = training_with(rms_norm)
-    z, form = wrapped(Z), training.programs.form(STEPWISE)
+    given, form = Given.of(Z), training.programs.form(STEPWISE)
 
     def temporary(queries: int) -> int:
         state, batch = training.initial(Z), training.batches[0]
         cotangent = tuple(jnp.ones((queries, *x.shape)) for x in jax.tree.leaves((state.params, state.opt_state)))
-        total = jax.tree.map(lambda x: jnp.zeros((queries, *x.shape)), z)
-        adjoint = form.pull_one.lower(True, total, cotangent, z, jnp.int32(0), state, (), batch).compile()
+        total = jax.tree.map(lambda x: jnp.zeros((queries, *x.shape)), given.z)
+        adjoint = form.pull_one.lower(True, total, cotangent, given, jnp.int32(0), state, (), batch).compile()
         return adjoint.memory_analysis().temp_size_in_bytes - queries * (EXAMPLES + 2) * 4
 
     assert temporary(64) < 1.5 * temporary(8) + 64 * 16 * WIDTH * 8

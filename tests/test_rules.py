@@ -29,7 +29,8 @@ from problems import (
 
 import metagradient as mg
 from metagradient.errors import DerivativeError
-from metagradient.metaparameters import canonical, slices, wrapped
+from metagradient.given import slices
+from metagradient.metaparameters import canonical, wrapped
 from metagradient.models.losses import chunked_cross_entropy
 from metagradient.step import from_loss
 from metagradient.step.segment import Segment

@@ -381,7 +381,7 @@ def test_other_functions_that_read_a_value(ran):
     with refused(StructureError, ran, "the optimizer", KEEP):
         metagradient(ran, z={**Z, "lr": jnp.ones(())}, optimizer=lambda z: optax.sgd(float(z["lr"])))
     with refused(StructureError, ran, "the init function", KEEP):
-        metagradient(ran, init=lambda z: {**START, "b": float(z["weights"].value[0])})
+        metagradient(ran, init=lambda z: {**START, "b": float(z["weights"][0])})
 
 
 # Functions that JAX can't differentiate.
@@ -438,7 +438,7 @@ def test_steps_and_starts_without_a_derivative(name, ran):
     with refused(DerivativeError, ran, "the step", "test_slips.py", *words):
         mg.value_and_metagrad(training, lambda s, z: s["b"])(Z)
     with refused(DerivativeError, ran, "the init function", "test_slips.py", *words):
-        metagradient(ran, init=lambda z: {**START, "b": of(z["weights"].value[0])})
+        metagradient(ran, init=lambda z: {**START, "b": of(z["weights"][0])})
     # What needs no derivative is trained.
     assert np.isfinite(mg.train(training, Z)["b"])
 

@@ -28,9 +28,13 @@ def definition_2(theta_0: np.ndarray, theta_h: np.ndarray, theta_2h: np.ndarray)
     return score
 
 
-def along(v: Any, z: Any = 0.0) -> dict[str, Any]:
+def along(v: Any, z: Any = 0.0, objective: Any = None) -> dict[str, Any]:
     """A bare z and one direction in it."""
-    return {"z": jnp.asarray(z, jnp.float64), "directions": {"given": [jnp.asarray(v, jnp.float64)]}}
+    return {
+        "objective": objective,
+        "z": jnp.asarray(z, jnp.float64),
+        "directions": {"given": [jnp.asarray(v, jnp.float64)]},
+    }
 
 
 def shaped_by(theta: Any, size: int) -> mg.Training:
@@ -42,7 +46,7 @@ def test_a_run_linear_in_z_reads_one_and_its_curvature_is_the_objectives():
     rng = np.random.default_rng(0)
     matrix, v = rng.normal(size=(70, 3)), rng.normal(size=3)
     training = mg.Training(jnp.ones(70), lambda s, b, z: 0.9 * s + jnp.asarray(matrix) @ z, [{}] * 5)
-    found = mg.metasmoothness(training, objective=lambda s, z: jnp.sum(s**2), **along(v, np.ones(3)), step=[0.1, 0.4])
+    found = mg.metasmoothness(training, **along(v, np.ones(3), lambda s, z: jnp.sum(s**2)), step=[0.1, 0.4])
     jacobian = matrix * sum(0.9**t for t in range(5))
     for row in found.rows:
         assert row.score == pytest.approx(1, abs=1e-12)
@@ -93,7 +97,7 @@ def test_a_training_on_digits_reads_what_numpy_makes_of_its_runs(kind: str):
     training, z = problem.training(), problem.z
     draws = mg.smoothness.random_directions(z, 2, seed=3)
     only = [{k: x if k == kind else jax.tree.map(jnp.zeros_like, x) for k, x in v.items()} for v in draws["normal"]]
-    found = mg.metasmoothness(training, z, problem.objective, directions={kind: only}, step=0.05)
+    found = mg.metasmoothness(training, problem.objective, z, directions={kind: only}, step=0.05)
 
     def trained(v: Any, far: float) -> tuple[np.ndarray, float]:
         at = jax.tree.map(lambda x, d: jnp.asarray(x + far * d), z, v)
@@ -112,7 +116,7 @@ def test_every_kind_of_direction_shares_the_run_at_z_and_whole_is_plain_data():
     problem = with_optimiser("sgd")
     groups = np.arange(EXAMPLES) % 4
     found = mg.metasmoothness(
-        problem.training(), problem.z, problem.objective, directions=2, step=(0.05, 0.1), groups=groups
+        problem.training(), problem.objective, problem.z, directions=2, step=(0.05, 0.1), groups=groups
     )
     assert [(r.kind, r.step) for r in found.rows] == [
         (kind, h) for kind in ("normal", "examples", "groups") for h in (0.05, 0.1)
@@ -156,7 +160,7 @@ def test_a_smooth_run_without_a_finite_metagradient_is_found_out():
         return state + z + jnp.sqrt(0 * z)
 
     training = mg.Training(jnp.zeros(3), step, [{}])
-    found = mg.metasmoothness(training, objective=lambda s, z: s.sum(), **along(1.0, 1.0))
+    found = mg.metasmoothness(training, **along(1.0, 1.0, lambda s, z: s.sum()))
     assert found.rows[0].score == 1
     assert found.finite is False
     assert "isn't finite" in found.verdict
@@ -191,9 +195,9 @@ def test_input_that_cannot_be_probed_is_refused_before_a_step():
         ({"objective": lambda s, z: s}, "floating scalar"),
     ]:
         with pytest.raises(StructureError, match=words):
-            mg.metasmoothness(training, z, **options)
+            mg.metasmoothness(training, **{"objective": None, "z": z, **options})
     with pytest.raises(StructureError, match="no leaf of z is PerExample"):
-        mg.metasmoothness(training, jnp.ones(()), groups=np.arange(4))
+        mg.metasmoothness(training, None, jnp.ones(()), groups=np.arange(4))
 
 
 def test_runs_that_say_nothing_are_errors():

@@ -200,7 +200,7 @@ def test_what_is_refused(changes, z, error, message):
 
 def test_a_window_is_refused():
     with pytest.raises(ConfigError, match="window"):
-        surrogate().evaluate(held_out, z_of(), window=3)
+        mg.descend(surrogate(), held_out, z_of(), mg.updates.counts(0.3), 1, window=3)
 
 
 def by_seed(seed: int, at: int = AT) -> mg.CountSurrogate:

@@ -62,10 +62,6 @@ def test_sign_moves_every_entry_as_far():
     assert moved(u.sign(0.25), array(1, 1, 1), array(3, -0.1, 0)).tolist() == [0.75, 1.25, 1]
 
 
-def test_ascent_is_descent_on_the_negative():
-    assert moved(u.ascent(u.sign(0.25)), array(1, 1), array(3, -0.1)).tolist() == [1.25, 0.75]
-
-
 def test_an_optax_optimiser_is_an_update():
     z = {"a": mg.PerStep(jnp.ones(3)), "b": jnp.ones(())}
     ones = jax.tree.map(jnp.ones_like, z)

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from metagradient import errors, schedule, smoothness, updates
     from metagradient._check import CheckReport, check
     from metagradient._plan import plan
-    from metagradient._train import train, train_many
+    from metagradient._replay import Replay, Stats
+    from metagradient._train import states, train, train_many
     from metagradient.counts import CountSurrogate, probe_at
     from metagradient.descent.loop import Best, Descent, MetaStep, descend, fresh_seed
-    from metagradient.metagrad import Evaluation, Metagradient, Stats, value_and_metagrad
-    from metagradient.metaparameters import PerExample, PerStep, Shared
+    from metagradient.metagrad import Evaluation, Metagradient, value_and_metagrad
+    from metagradient.metaparameters import PerExample, PerGroup, PerStep, Shared
     from metagradient.objectives import mean_over
     from metagradient.replay.budget import Memory
     from metagradient.replay.plan import Plan
@@ -35,8 +36,10 @@ __all__ = [
     "MetaStep",
     "Metagradient",
     "PerExample",
+    "PerGroup",
     "PerStep",
     "Plan",
+    "Replay",
     "Segment",
     "Shared",
     "Smoothness",
@@ -53,6 +56,7 @@ __all__ = [
     "probe_at",
     "schedule",
     "smoothness",
+    "states",
     "train",
     "train_many",
     "true_derivative",
@@ -66,11 +70,12 @@ _MODULES = ("errors", "schedule", "smoothness", "updates")
 _NAMES = {
     "_check": ("CheckReport", "check"),
     "_plan": ("plan",),
-    "_train": ("train", "train_many"),
+    "_replay": ("Replay", "Stats"),
+    "_train": ("states", "train", "train_many"),
     "counts": ("CountSurrogate", "probe_at"),
     "descent.loop": ("Best", "Descent", "MetaStep", "descend", "fresh_seed"),
-    "metagrad": ("Evaluation", "Metagradient", "Stats", "value_and_metagrad"),
-    "metaparameters": ("PerExample", "PerStep", "Shared"),
+    "metagrad": ("Evaluation", "Metagradient", "value_and_metagrad"),
+    "metaparameters": ("PerExample", "PerGroup", "PerStep", "Shared"),
     "objectives": ("mean_over",),
     "replay.budget": ("Memory",),
     "replay.plan": ("Plan",),

@@ -258,7 +258,7 @@ def check(
         )
         found = metagradient.evaluate(z)
         with full_precision(training.allow_low_precision):
-            run = Run.prepared(training, z, window, first=False)
+            run = Run.prepared(training, z, window)
             again = trained(run, z, found.stats.segment)
             stamp = training.programs.fingerprint
             replays = np.array_equal(stamp(found.state)[0], stamp(again)[0])

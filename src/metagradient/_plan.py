@@ -15,7 +15,7 @@ from metagradient.replay.plan import plan as planned
 from metagradient.replay.schedule import TIERS, Tier
 from metagradient.replay.store import Stores
 from metagradient.run import Run, full_precision
-from metagradient.step.choose import first_step
+from metagradient.step.choose import first_choices
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, floating, nbytes
@@ -84,7 +84,7 @@ def plan_run(run: Run, memory: Memory, segment: Segment | int | None) -> Plan:
 
 def _kinds(run: Run, segment: Segment) -> list[LeafKind]:
     """What a step may keep: what was chosen, and linearisations where single steps can leave them."""
-    choices = run.training.rule.choices(*first_step(run.feed, run.z, run.state))
+    choices = first_choices(run.programs.rule, run.feed, run.given, run.state)
     if not choices.linearises or segment.loop != "steps":
         return [segment.keep]
     return [choices.keep, "linearisation"]
@@ -118,7 +118,7 @@ def _leaf(run: Run, segment: Segment) -> Leaf:
         jax.block_until_ready(runner.keep(0, run.state)[1]())
 
     def adjoint() -> None:
-        jax.block_until_ready(runner.pull(0, kept, cotangent, run.programs.zeros(run.z)))
+        jax.block_until_ready(runner.pull(0, kept, cotangent, run.programs.zeros(run.given.z)))
 
     forward = _seconds(step) / steps
     return Leaf(nbytes((kept.states, kept.beside)) // steps, forward, _seconds(adjoint) / steps, forward)

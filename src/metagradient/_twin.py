@@ -23,11 +23,11 @@ from metagradient._jax import (
     trace,
 )
 from metagradient.errors import MetagradientError, NonFiniteError, ReplayMismatch
+from metagradient.given import Given
 from metagradient.metagrad import Evaluation, value_and_metagrad
-from metagradient.metaparameters import needs_index, slices, wrapped
-from metagradient.objectives import MeanOver, programs_of
+from metagradient.metaparameters import bare, wrapped
+from metagradient.objectives import MeanOver, sets_taken
 from metagradient.run import Run, full_precision
-from metagradient.step.choose import first_step
 from metagradient.step.from_loss import LossStep
 from metagradient.step.segment import Segment
 from metagradient.training import Training
@@ -59,9 +59,9 @@ class Held:
     @classmethod
     def of(cls, run: Run, objective: Objective, z: PyTree) -> "Held":
         """Read off the traced step, objective and, where that depends on z, initial state."""
-        programs: list[Program] = [trace(run.programs.rule.advance, *first_step(run.feed, run.z, run.state))[0]]
+        programs: list[Program] = [run.contract.program]
         function, terms = _terms(objective)
-        programs.append(trace(function, run.state, z, *terms[0][1])[0])
+        programs.append(trace(function, run.state, bare(z), *terms[0][1])[0])
         if run.training.starts_from_z:
             programs.append(trace(run.training.initial, z)[0])
 
@@ -73,9 +73,17 @@ class Held:
 
 
 def _terms(objective: Objective) -> tuple[Callable[..., jax.Array], list[tuple[float, tuple]]]:
-    """An objective as a sum over terms: a function `(state, z, *data)`, and every term's share and data."""
-    terms = [(s, (batch,)) for s, batch in objective.shares()] if isinstance(objective, MeanOver) else [(1.0, ())]
-    return programs_of(objective).function, terms
+    """An objective as a sum over terms: a function `(state, z, *data)`, z bare, and every term's share and data."""
+    if isinstance(objective, MeanOver):
+        mean = objective
+        terms = [(share, (batch, mean.args)) for share, batch in mean.shares()]
+        return lambda state, z, batch, args: mean.programs.function(state, batch, args), terms
+
+    def whole(state: PyTree, z: PyTree) -> jax.Array:
+        with sets_taken(whole=True):
+            return objective(state, z)
+
+    return whole, [(1.0, ())]
 
 
 class _Forwards:
@@ -91,17 +99,17 @@ class _Forwards:
         def opened(function: Callable[..., Any]) -> Callable[..., Any]:
             return function if places == frozenset() else through_stops(function, places)
 
-        new_state = opened(lambda *arguments: rule.advance(*arguments)[0])
+        new_state = opened(lambda args, *arguments: rule.bound(args).advance(*arguments)[0])
         value = opened(lambda *arguments: function(*arguments))
 
-        def step(state: PyTree, moving: tuple, t: Any, batch: PyTree, z: PyTree, v: PyTree) -> tuple[PyTree, tuple]:
+        def step(state: PyTree, moving: tuple, t: Any, batch: PyTree, given: Given, v: PyTree) -> tuple[PyTree, tuple]:
             values, rebuild = floating(state)
 
             def advance(values: tuple, z: PyTree) -> tuple[tuple, PyTree]:
-                new = new_state(rebuild(values), batch, slices(z, t, batch["index"] if needs_index(z) else None))
+                new = new_state(given.args, rebuild(values), batch, replace(given, z=z).seen(t, batch))
                 return floating(new)[0], new
 
-            _, moved, new = jax.jvp(advance, (values, z), (moving, v), has_aux=True)
+            _, moved, new = jax.jvp(advance, (values, given.z), (moving, v), has_aux=True)
             return new, moved
 
         def end(state: PyTree, moving: tuple, z: PyTree, v: PyTree, *data: PyTree) -> jax.Array:
@@ -126,8 +134,8 @@ class _Forwards:
         still = run.programs.zeros(tangents)
         for t in range(len(run.feed)):
             seen = still if t < run.begin else tangents
-            state, moving = self._step(state, moving, np.int32(t), run.feed[t], run.z, seen)
-        return float(sum(share * self._end(state, moving, z, v, *data) for share, data in self._terms))
+            state, moving = self._step(state, moving, np.int32(t), run.feed[t], run.given, seen)
+        return float(sum(share * self._end(state, moving, bare(z), bare(v), *data) for share, data in self._terms))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +173,7 @@ class Twin:
     def value(self, z: PyTree) -> float:
         """The objective of the run at other metaparameters, from the window on."""
         state = trained(self.run, z, self.segment)
-        return float(sum(share * self._objective(state, z, *data) for share, data in _terms(self.objective)[1]))
+        return float(sum(share * self._objective(state, bare(z), *data) for share, data in _terms(self.objective)[1]))
 
     def microbatches(self) -> float | None:
         """Relative difference of the first gradient to that of the whole batch at once."""
@@ -174,11 +182,11 @@ class Twin:
             return None
 
         def gradient(rule: LossStep) -> np.ndarray:
-            def first(state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
-                index = batch["index"] if needs_index(z) else None
-                return replace(rule, keep="gradient").advance(state, batch, slices(z, jnp.int32(0), index))[1][0]
+            def first(state: PyTree, batch: PyTree, given: Given) -> PyTree:
+                step = replace(rule.bound(given.args), keep="gradient")
+                return step.advance(state, batch, given.seen(jnp.int32(0), batch))[1][0]
 
-            leaves = jax.tree.leaves(compiled(first)(run.state, run.feed.first, run.z))
+            leaves = jax.tree.leaves(compiled(first)(run.state, run.feed.first, run.given))
             return np.concatenate([np.ravel(x) for x in leaves])
 
         cut, whole = gradient(rule), gradient(replace(rule, microbatches=1))
@@ -220,7 +228,8 @@ class Twin:
 
 def trained(run: Run, z: PyTree, segment: Segment) -> PyTree:
     """The final state of a run at other metaparameters, which it sees from its window on."""
-    moved = replace(run, z=wrapped(z), state=run.state if run.begin else run.training.initial(z))
+    given = replace(run.given, z=wrapped(z))
+    moved = replace(run, given=given, state=run.state if run.begin else run.training.initial(z))
     state, before, after = moved.state, run.runner(segment), moved.runner(segment)
     for i in range(-before.before, 0):
         state = before.advance(i, state)
@@ -265,7 +274,7 @@ def _doubled(training: Training, objective: Objective, z: PyTree, found: Evaluat
     for path, leaf in paths(gradient):
         if leaf.dtype != jnp.float64:
             raise TypeError(f"the gradient of z{path} came out in {leaf.dtype}")
-    run = Run.prepared(training, z, window, first=False)
+    run = Run.prepared(training, z, window)
     return Twin(run, objective, z, gradient, stats.segment, Held.of(run, objective, z))
 
 
@@ -302,7 +311,8 @@ def _double(training: Training) -> Training:
         init = _to_float64(init)
     step = training.step
     step = replace(step, loss=_fresh(step.loss)) if isinstance(step, LossStep) else _fresh(step)
-    return replace(training, init=init, step=step, batches=_DoubleBatches(training.batches))
+    args = _to_float64(training.args)
+    return replace(training, init=init, step=step, batches=_DoubleBatches(training.batches), args=args)
 
 
 def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,15 @@ import numpy as np
 import optax
 
 from metagradient._jax import compiled, own_rules, trace
+from metagradient._replay import Replay
 from metagradient._train import train
 from metagradient.errors import BatchError, ConfigError, NonFiniteError, StructureError
-from metagradient.metagrad import Evaluation, value_and_metagrad
-from metagradient.metaparameters import PerExample, canonical, is_kind
+from metagradient.metagrad import Evaluation, Metagradient
+from metagradient.metaparameters import PerExample, PerGroup, bare, canonical, is_kind
+from metagradient.replay.budget import Memory
+from metagradient.replay.schedule import Schedule
 from metagradient.run import full_precision
+from metagradient.start import arrays
 from metagradient.step.feed import Feed
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import is_optimizer
@@ -45,9 +49,12 @@ class CountSurrogate:
         candidates: the pool in batches, once through: pytrees of arrays that are dictionaries with `"index"`, int[b],
             in [0, n). Each shape is compiled once. A candidate that no batch holds gets gradient 0, one that several
             hold the sum.
-        losses: `(params, model_state, batch) -> [b]`, the candidates' losses $\ell_i$. What else a batch holds may
+        losses: `(params, model_state, batch) -> [b]`, the candidates' losses $\ell_i$; with `args`,
+            `(params, model_state, batch, args) -> [b]`. What else a batch holds may
             enter a loss (the negatives of a contrastive one); it is differentiated like the rest.
         at: k, from 0 to T - 2.
+        args: constants of the losses, any pytree of arrays: an argument of their program. Those of `training` are its
+            own.
 
     A loss with another scale only scales the gradient.
 
@@ -56,27 +63,32 @@ class CountSurrogate:
 
     training: Callable[[np.ndarray], Training]
     candidates: Iterable[PyTree]
-    losses: Callable[[PyTree, PyTree, PyTree], jax.Array]
+    losses: Callable[..., jax.Array]
     at: int
+    args: PyTree = None
     programs: "_Slopes" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "programs", shared(_Slopes, self.losses))
+        object.__setattr__(self, "args", arrays("args", self.args))
+        object.__setattr__(self, "programs", shared(_Slopes, (self.losses, self.args is not None)))
 
     def evaluate(
         self,
         objective: Callable[[PyTree, PyTree], jax.Array],
         z: PyTree,
         *,
+        memory: Memory | str | None = None,
+        schedule: Schedule | None = None,
         segment: Segment | int | None = None,
-        **options: Any,
+        verify: Literal["boundaries", "off"] = "boundaries",
+        progress: bool = False,
     ) -> tuple[Evaluation, float]:
         """The objective of the run that counts make, and its gradient in them.
 
         Arguments:
             objective: `(final state, z) -> scalar`; it must not read z.
             z: counts `[n]`, whole numbers in a floating array: a pytree with one leaf, `PerExample`.
-            segment, options: as in `value_and_metagrad`, but for `window` and `vector`.
+            memory, schedule, segment, verify, progress: as in `value_and_metagrad`.
 
         Returns: the metagradient, in the structure of z; and the compute it took, in plain training runs.
 
@@ -87,23 +99,30 @@ class CountSurrogate:
             products as training on each once). Memory: that of the metagradient, of one batch of candidates, and n
             numbers on the host.
         """
+        options = Replay(memory=memory, schedule=schedule, segment=segment, verify=verify, progress=progress)
+        return self.evaluate_with(objective, z, options)
+
+    def evaluate_with(
+        self, objective: Callable[[PyTree, PyTree], jax.Array], z: PyTree, options: Replay
+    ) -> tuple[Evaluation, float]:
+        """`evaluate`, with its options in one."""
         start = perf_counter()
-        if {"window", "vector"} & {name for name, value in options.items() if value}:
-            raise ConfigError("a gradient in counts has no window= (its step is `at`) and no vector=")
+        if options.window is not None:
+            raise ConfigError("a gradient in counts has no window=: its step is `at`")
         z = canonical(z)
         counts = _counts(z)
         training = self.training(np.asarray(counts.value).astype(np.int64))
         rule, batches, steps = _blind(training.rule), training.batches, len(training.batches)
         if not 0 <= self.at < steps - 1:
             raise ConfigError(f"at must be from 0 to {steps - 2}, so that a step follows it, got {self.at}")
-        state = self._head(training, rule, segment)
+        state = self._head(training, rule, options.segment)
         batch = Feed(batches)[self.at]
         pushed = shared(_Pushed, rule)
         tail = Training(
-            lambda z: pushed.advance(state, batch, z["push"]), rule, _Part(batches, self.at + 1, steps),
-            allow_low_precision=training.allow_low_precision,
+            lambda z: pushed.advance(state, batch, z["push"], training.args), rule,
+            _Part(batches, self.at + 1, steps), training.args, allow_low_precision=training.allow_low_precision,
         )  # fmt: skip
-        metagradient = value_and_metagrad(tail, objective, segment=segment, **options)
+        metagradient = Metagradient(tail, objective, options)
         self.programs.beside = pushed, tail.programs, metagradient.programs
         found = metagradient.evaluate({"push": zeros(state.params)})
         with full_precision(training.allow_low_precision):
@@ -114,6 +133,11 @@ class CountSurrogate:
         )
         batch_size = len(jax.tree.leaves(batch)[0])
         return replace(found, grad=grad, stats=stats), (stats.in_steps + passes / batch_size) / steps
+
+    def trained(self, z: PyTree) -> PyTree:
+        """The final state of the run that counts make."""
+        training = self.training(np.asarray(_counts(canonical(z)).value).astype(np.int64))
+        return train(replace(training, step=_blind(training.rule)), {})
 
     def _head(self, training: Training, rule: LossStep, segment: Segment | int | None) -> TrainState:
         """The state before step k."""
@@ -129,7 +153,7 @@ class CountSurrogate:
         before: tuple[np.ndarray, Any] = np.zeros(0, int), np.zeros(0)
         for number, batch in enumerate(self.candidates):
             index = _index(number, batch, n)
-            slopes = self.programs.slopes(state.params, state.model_state, batch, direction)
+            slopes = self.programs.slopes(state.params, state.model_state, batch, self.args, direction)
             if slopes.shape != index.shape:
                 raise StructureError(
                     f"losses returned shape {list(slopes.shape)} for {len(index)} candidates, expected one loss each"
@@ -203,7 +227,7 @@ def probe_at(
         for number in fresh:
             drawn = surrogate(number, at).training(counts)
             last[0] = replace(drawn, step=_blind(drawn.rule))
-            values.append(float(objective(train(last[0], {}, segment=SINGLE_STEPS), z)))
+            values.append(float(objective(train(last[0], {}, segment=SINGLE_STEPS), bare(z))))
         return tuple(values)
 
     before, memory = measured(z, ats[0]), update.init(z)
@@ -218,12 +242,18 @@ def probe_at(
 
 @dataclass(frozen=True)
 class _Blind:
-    """A loss, or `z -> optimiser`, that is given an empty dictionary for z."""
+    """A loss, or `z -> optimiser`, that is given an empty dictionary for z.
+
+    Arguments:
+        takes_args: whether the run's constants come after z.
+    """
 
     function: Callable[..., Any]
+    takes_args: bool = False
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments[:-1], {})
+        before, args = (arguments[:-2], arguments[-1:]) if self.takes_args else (arguments[:-1], ())
+        return self.function(*before, {}, *args)
 
 
 @dataclass(frozen=True)
@@ -249,11 +279,13 @@ def _blind(rule: Any) -> LossStep:
     optimizer = rule.optimizer
     if not is_optimizer(optimizer):
         optimizer = _Blind(optimizer)
-    return replace(rule, loss=_Blind(rule.loss), optimizer=optimizer)
+    return replace(rule, loss=_Blind(rule.loss, rule.takes_args), optimizer=optimizer)
 
 
 def _counts(z: PyTree) -> PerExample:
     kinds = jax.tree.leaves(z, is_leaf=is_kind)
+    if any(isinstance(kind, PerGroup) for kind in kinds):
+        raise StructureError("z holds mg.PerGroup, but counts are of examples: give one mg.PerExample leaf")
     if len(kinds) != 1 or not isinstance(kinds[0], PerExample) or kinds[0].rows is not None or kinds[0].value.ndim != 1:
         raise StructureError("z must be counts alone: one PerExample leaf of shape [n], without rows")
     (counts,) = kinds
@@ -278,31 +310,34 @@ class _Pushed:
 
     def __init__(self, rule: LossStep):
         # Differentiated in the push, so within another program: not `compiled`.
-        self.advance = jax.jit(lambda state, batch, push: rule.advance_pushed(state, batch, {}, push))
+        def advance(state: PyTree, batch: PyTree, push: PyTree, args: PyTree) -> PyTree:
+            return rule.bound(args).advance_pushed(state, batch, {}, push)
+
+        self.advance = jax.jit(advance)
 
 
 class _Slopes:
     """Derivatives of candidates' losses in a direction, compiled.
 
     Arguments:
-        losses: as in `CountSurrogate`.
+        losses: as in `CountSurrogate`, and whether they take args.
 
     Attributes:
         beside: other programs of the same surrogate, held here so that the next one of equal parts finds them.
     """
 
-    def __init__(self, losses: Callable[[PyTree, PyTree, PyTree], jax.Array]):
-        self.losses = losses
+    def __init__(self, losses: tuple[Callable[..., jax.Array], bool]):
+        self.losses, self.takes_args = losses
         self.beside: tuple[Any, ...] = ()
 
     @cached_property
     def slopes(self) -> Callable[..., jax.Array]:
-        """`(params, model_state, batch, direction) -> [b]`."""
-        losses = self.losses
+        """`(params, model_state, batch, args, direction) -> [b]`."""
+        losses, takes_args = self.losses, self.takes_args
 
-        def slopes(params: PyTree, model_state: PyTree, batch: PyTree, direction: PyTree) -> jax.Array:
+        def slopes(params: PyTree, model_state: PyTree, batch: PyTree, args: PyTree, direction: PyTree) -> jax.Array:
             def of(params: PyTree) -> jax.Array:
-                return losses(params, model_state, batch)
+                return losses(params, model_state, batch, *(args,) * takes_args)
 
             if own_rules(trace(of, params)[0]):
                 # What a rule makes of the gradient counts, and not how the value changes: by the definition, in

@@ -1,71 +1,24 @@
 """`value_and_metagrad`: the gradient of an objective of a whole training run, by REPLAY."""
 
-from collections.abc import Callable, Generator, Hashable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from metagradient._jax import compile_seconds
-from metagradient._plan import planned_once
-from metagradient.errors import NonFiniteError, StructureError
-from metagradient.metaparameters import canonical, like, wrapped
-from metagradient.objectives import check_objective, programs_of, value_and_pull_back
-from metagradient.progress import Progress
+from metagradient._replay import Pass, Replay, Stats
+from metagradient.errors import NonFiniteError
+from metagradient.metaparameters import bare, canonical
+from metagradient.objectives import Ended, Objective
 from metagradient.replay.budget import Memory
-from metagradient.replay.execute import Ending, Traversal
-from metagradient.replay.plan import Plan, affordable, free_host_bytes
-from metagradient.replay.schedule import Schedule, simulate
-from metagradient.replay.store import Stores
-from metagradient.replay.watch import NotFinite, Watch
+from metagradient.replay.schedule import Schedule
 from metagradient.run import Run, full_precision
-from metagradient.step.programs import Programs, signature
-from metagradient.step.rule import Cotangent
 from metagradient.step.segment import Segment
-from metagradient.training import Training
-from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths
-
-_SHARE_FOR_BATCHES = 16
-# In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
-_ADJOINT_IN_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one metagradient took.
-
-    Arguments:
-        forward_steps: steps taken, replays included.
-        adjoint_steps: steps pulled back.
-        peak_states: most boundary states held at once, by tier.
-        peak_bytes: most bytes held at once, by tier: of boundary states and, on the device, of what segments were kept
-            for their pull-back; the two or so working states are not counted.
-        seconds: wall time, compilation included.
-        compile_seconds: the part of it that XLA spent compiling.
-        segment: how steps were compiled; pass it back as `segment=` to have the same bits.
-        schedule: the checkpoint schedule.
-    """
-
-    forward_steps: int
-    adjoint_steps: int
-    peak_states: dict[str, int]
-    peak_bytes: dict[str, int]
-    seconds: float
-    compile_seconds: float
-    segment: Segment
-    schedule: Schedule
-
-    @property
-    def in_steps(self) -> int:
-        """Compute in plain training steps, counted in matrix products: an adjoint step is three."""
-        return self.forward_steps + _ADJOINT_IN_STEPS * self.adjoint_steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain numbers, strings and dictionaries."""
-        return {**asdict(self), "schedule": repr(self.schedule)}
+from metagradient.training import Training, check_training
+from metagradient.trees import PyTree
 
 
 @dataclass(frozen=True)
@@ -77,12 +30,14 @@ class Evaluation:
         grad: its gradient, in the structure and types of z.
         stats: what it took.
         state: the final state, which the objective read.
+        aux: what else the objective returned, with `has_aux`; else None.
     """
 
     value: jax.Array
     grad: PyTree
     stats: Stats
     state: PyTree
+    aux: PyTree = None
 
 
 class Metagradient:
@@ -90,145 +45,70 @@ class Metagradient:
 
     Attributes:
         training, objective: what it is the metagradient of.
+        options: how the run is differentiated.
         programs: those of the objective.
     """
 
     def __init__(
         self,
         training: Training,
-        objective: Callable[[PyTree, PyTree], jax.Array],
+        objective: Callable[[PyTree, PyTree], Any],
+        options: Replay,
         *,
-        schedule: Schedule | None = None,
-        memory: Memory | None = None,
-        segment: Segment | int | None = None,
-        window: int | None = None,
         vector: bool = False,
-        verify: bool = True,
-        progress: bool = False,
+        has_aux: bool = False,
     ):
+        check_training(training)
         self.training = training
         self.objective = objective
-        self._schedule = schedule
-        self._memory = memory
-        self._segment = segment
-        self._window = window
-        self._vector = vector
-        self._verify = verify
-        self._progress = progress
-        self.programs = programs_of(objective)
-        self._checked: set[Hashable] = set()
+        self.options = options
+        self._objective = Objective(objective, vector=vector, has_aux=has_aux)
+        self.programs = self._objective.programs
 
-    def __call__(self, z: PyTree) -> tuple[jax.Array, PyTree]:
-        """Value of the objective, and its gradient in the structure of z."""
+    def __call__(self, z: PyTree) -> tuple[Any, PyTree]:
+        """Value of the objective (with `has_aux`, value and aux), and its gradient in the structure of z."""
         found = self.evaluate(z)
-        return found.value, found.grad
+        value = (found.value, found.aux) if self._objective.has_aux else found.value
+        return value, found.grad
 
-    def with_stats(self, z: PyTree) -> tuple[jax.Array, PyTree, Stats]:
-        """Value, gradient, and what they took."""
+    def with_stats(self, z: PyTree) -> tuple[Any, PyTree, Stats]:
+        """What a call returns, and what it took."""
         found = self.evaluate(z)
-        return found.value, found.grad, found.stats
+        value = (found.value, found.aux) if self._objective.has_aux else found.value
+        return value, found.grad, found.stats
 
     def evaluate(self, z: PyTree) -> Evaluation:
         """Value, gradient, what they took, and the final state."""
         start = perf_counter()
+        z = canonical(z)
         with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
-            z = canonical(z)
-            # The first time at these shapes, everything is checked before compute is spent; later, beside it.
-            first = signature(z) not in self._checked
-            run = Run.prepared(self.training, z, self._window, first=first)
-            if first:
-                check_objective(self.objective, self._vector, run.state, z, self.programs)
-                run.check_derivatives(z)
-            segment, schedule = self._choose(run)
-            self._checked.add(signature(z))
-            try:
-                found = self._traverse(run, z, segment, schedule, first=first)
-            except NotFinite:
-                self._traverse(run, z, segment, schedule, careful=True)
-                raise NonFiniteError("a non-finite value appeared, but not again in a careful second run") from None
-            if compiling.seconds:
-                # Programs were traced on the way: of the step that was checked, or of one altered meanwhile?
-                run.contract.recheck()
-        stats = replace(found.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
-        return replace(found, stats=stats)
+            run = Run.prepared(self.training, z, self.options.window)
+            self._objective.check_derivative(run.state, z)
+            passed = Pass(run, z, self.options, queries=self._objective.vector)
+            state = passed.forward()
+            ended = self._ended(state, z)
+            grad = passed.back(ended.cotangent, ended.total)
+        assert passed.stats is not None
+        stats = replace(passed.stats, seconds=perf_counter() - start, compile_seconds=compiling.seconds)
+        return Evaluation(ended.value, grad, stats, state, ended.aux)
 
-    def _choose(self, run: Run) -> tuple[Segment, Schedule | None]:
-        """How to compile steps, and the schedule where a budget or the user decides it."""
-        schedule = self._schedule or (planned_once(run, self._memory, self._segment) if self._memory else None)
-        if isinstance(self._segment, Segment) or not isinstance(schedule, Plan):
-            return run.chosen(self._segment), schedule
-        return schedule.segment, schedule
-
-    def _traverse(
-        self, run: Run, z: PyTree, segment: Segment, schedule: Schedule | None, *, first: bool = False,
-        careful: bool = False,
-    ) -> Evaluation:  # fmt: skip
-        # A budget is kept to; without one, batches may take a share of what the host has free.
-        hold_bytes = 0 if isinstance(schedule, Plan) else free_host_bytes() // _SHARE_FOR_BATCHES
-        runner = run.runner(segment, queries=self._vector, hold_bytes=hold_bytes)
-        schedule = schedule or affordable(len(runner), segment, nbytes(run.state))
-        folder = schedule.memory.path if isinstance(schedule, Plan) else None
-        with Progress(self._progress) as progress, Stores(folder) as stores:
-            cost = simulate(schedule, len(runner))
-            progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
-            progress.expect("adjoint", len(runner) * segment.length)
-            watch = Watch(run.programs.fingerprint, self._verify)
-            traversal = Traversal(runner, watch, progress.tick, stores, cost.advances > 0, careful)
-            if self._verify:
-                traversal.rehearse(run.state)
-            walk = traversal.walk(schedule.actions(len(runner)), run.state)
-            state = next(walk)
-            if first or self._verify:
-                # The adjoint is traced now, with the last batches read: it must be the adjoint of the same step.
-                run.contract.recheck()
-            value, *ending = self._ending(state, z)
-            cotangent, total = _sent(walk, tuple(ending))
-        grad = like(z, total)
-        if self.training.starts_from_z and not runner.begin:
-            _, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
-            if self._vector:
-                # Not as a compiled loop, which every call would compile anew.
-                starts = [vjp(jax.tree.map(lambda x, i=i: x[i], cotangent))[0] for i in range(len(value))]
-                start = jax.tree.map(lambda *x: jnp.stack(x), *starts)
-            else:
-                (start,) = vjp(cotangent)
-            grad = jax.tree.map(jnp.add, grad, start)
-        _check_finite(grad, run.programs, careful)
-        return Evaluation(value, grad, _stats(traversal, segment, schedule), state)
-
-    def _ending(self, state: PyTree, z: PyTree) -> tuple[jax.Array, Cotangent, PyTree]:
-        """The objective's value, the cotangent of the final state, and those of z by the objective alone, wrapped."""
-        value, cotangent, total = value_and_pull_back(self.programs, self.objective, self._vector, state, z)
-        if not np.isfinite(value).all():
-            raise NonFiniteError(f"the objective's value is {value}, at a final state that is finite")
-        good = self.training.programs.finite(cotangent).tolist()
-        bad = [path for path, finite in zip(floating_paths(state), good, strict=True) if not finite]
-        if bad:
-            raise NonFiniteError(
-                f"the objective is finite, but its derivative in {bad[0]} of the final state is not: look for a "
-                "root, norm, log or division at zero in it"
-            )
-        return value, cotangent, wrapped(total)
-
-
-def _sent(walk: Generator[PyTree, Ending, Ending], ending: Any) -> Ending:
-    """What a walk returns once it was sent the cotangents at its end."""
-    try:
-        walk.send(ending)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("a walk yields once")
+    def _ended(self, state: PyTree, z: PyTree) -> Ended:
+        ended = self._objective.value_and_pull_back(state, bare(z))
+        if not np.isfinite(ended.value).all():
+            raise NonFiniteError(f"the objective's value is {ended.value}, at a final state that is finite")
+        return ended
 
 
 def value_and_metagrad(
     training: Training,
-    objective: Callable[[PyTree, PyTree], jax.Array],
+    objective: Callable[[PyTree, PyTree], Any],
     *,
-    memory: Memory | None = None,
+    memory: Memory | str | None = None,
     schedule: Schedule | None = None,
     segment: Segment | int | None = None,
     window: int | None = None,
     vector: bool = False,
+    has_aux: bool = False,
     verify: Literal["boundaries", "off"] = "boundaries",
     progress: bool = False,
 ) -> Metagradient:
@@ -245,22 +125,18 @@ def value_and_metagrad(
 
     Arguments:
         training: the run.
-        objective: `(final state, z) -> scalar`, z as it was given; `mean_over` builds one from a validation set.
-        memory: budgets for states on device, host and disk; `plan` then finds the cheapest schedule, segment and leaf.
-        schedule: which states to keep and when to replay; see `metagradient.schedule`, or a plan. With neither, as
-            much is kept as fits in half of the free memory.
-        segment: steps between two boundaries of the schedule, and how they are compiled; None measures and chooses.
-            Results are bit-equal across schedules for one segment.
-        window: differentiate the last `window` steps only: a truncated metagradient, without the term through the
-            initial state.
+        objective: `(final state, z) -> scalar`, with bare arrays for z, whatever their kinds; `mean_over` builds one
+            from a validation set. It is compiled.
+        memory, schedule, segment, window, verify, progress: as in `Replay`.
         vector: the objective returns a vector `[q]`; then every leaf of the gradient gains a leading axis q, and one
             traversal serves all queries.
-        verify: "boundaries" compares the fingerprint of every replayed state, and of every batch that is read again,
-            with the first run's, runs the first segment twice, and traces the step anew; "off" trusts the run.
-        progress: show a progress bar.
+        has_aux: the objective returns `(value, aux)`, aux any pytree of arrays.
 
-    Returns: a function `z -> (value, gradient)`, with the gradient in the structure and types of z. Its `with_stats`
-        also tells what it took.
+    Returns: a function `z -> (value, gradient)`, with the gradient in the structure and types of z; with `has_aux`,
+        `z -> ((value, aux), gradient)`. Its `with_stats` also tells what it took, its `evaluate` the final state too.
+
+    `jax.grad` through `train(training, z, adjoint=Replay(...))` is the same, for objectives of several runs, and for z
+    that is made of something else.
 
     Errors, before compute wherever they can be known: `StructureError` (z, state or objective of the wrong kind),
         `BatchError` (batches empty, uneven, changing, or with a bad index), `PrecisionError`, `ImpureStepError`,
@@ -287,42 +163,5 @@ def value_and_metagrad(
     >>> grad["weights"].value.shape
     (4,)
     """
-    if verify not in ("boundaries", "off"):
-        raise StructureError(f'verify is "boundaries" or "off", not {verify!r}')
-    if memory is not None and schedule is not None:
-        raise StructureError("give either memory= or schedule=: a budget makes its own schedule")
-    return Metagradient(
-        training,
-        objective,
-        schedule=schedule,
-        memory=memory,
-        segment=segment,
-        window=window,
-        vector=vector,
-        verify=verify == "boundaries",
-        progress=progress,
-    )
-
-
-def _check_finite(grad: PyTree, programs: Programs, careful: bool) -> None:
-    for (path, _), good in zip(paths(grad), programs.finite(grad).tolist(), strict=True):
-        if not good:
-            if not careful:
-                raise NotFinite
-            raise NonFiniteError(
-                f"the gradient of z{path} is not finite, though every state's cotangent was: look at how the step uses "
-                "it (a root, log or division at zero)"
-            )
-
-
-def _stats(traversal: Traversal, segment: Segment, schedule: Schedule) -> Stats:
-    return Stats(
-        forward_steps=traversal.runner.forward_steps,
-        adjoint_steps=traversal.runner.adjoint_steps,
-        peak_states=traversal.stores.peak_states,
-        peak_bytes=traversal.stores.peak_bytes,
-        seconds=0.0,
-        compile_seconds=0.0,
-        segment=segment,
-        schedule=schedule,
-    )
+    options = Replay(memory=memory, schedule=schedule, segment=segment, window=window, verify=verify, progress=progress)
+    return Metagradient(training, objective, options, vector=vector, has_aux=has_aux)

@@ -5,15 +5,23 @@ costs its batch, however many examples or steps `z` covers.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metagradient.errors import StructureError
-from metagradient.layout import placed, rows_spread, spread
+from metagradient._jax import Tracer
+from metagradient.errors import DerivativeError, StructureError
 from metagradient.trees import PyTree, is_floating, strong
+
+TRACED = (
+    "To differentiate it, call jax.grad(lambda z: objective(mg.train(training, z, adjoint=mg.Replay()))): a gradient "
+    "comes back through z alone, so what it should reach goes into z, not into args, init, batches or a closure. "
+    "Around that call there can be no jax.jit, jax.vmap, jax.checkpoint or second jax.grad (several z: "
+    "mg.train_many; several objectives: mg.value_and_metagrad(..., vector=True))"
+)
 
 
 @dataclass(frozen=True)
@@ -159,13 +167,113 @@ class PerExample(_Kind):
         return jnp.where(found, jnp.asarray(self._rows.order)[at], self._rows.ids.size)
 
 
+class _Groups:
+    """The group of every example, as static pytree data: compared by content, hashed once, on the device once."""
+
+    def __init__(self, ids: Any):
+        self.ids = np.array(ids)
+        if self.ids.ndim != 1 or not np.issubdtype(self.ids.dtype, np.integer):
+            raise StructureError(f"PerGroup groups must be a vector of integers, got {self.ids.dtype}{self.ids.shape}")
+        if self.ids.min(initial=0) < 0:
+            raise StructureError(f"PerGroup groups must not be negative: groups[{int(self.ids.argmin())}] is")
+        self.bound = int(self.ids.max(initial=-1)) + 1
+        self.ids.setflags(write=False)
+
+    @cached_property
+    def device(self) -> jax.Array:
+        return jnp.asarray(self.ids, jnp.int32)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.ids.tobytes())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Groups) and np.array_equal(self.ids, other.ids))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, init=False, repr=False)
+class PerGroup(_Kind):
+    """One entry a group of training examples: a step sees its examples' groups'. Mixtures, curricula.
+
+    Arguments:
+        value: floating array `[G]`, or `[T, G]` with one row a training step.
+        groups: the group of every example: integers `[n]` in `[0, G)`; example i sees `value[groups[i]]`.
+
+    A step sees an array `[batch]`, as of `PerExample`; the gradient is the sum of that over each group.
+
+    Errors: `StructureError` for a value of another shape, or groups outside `[0, G)`; `BatchError` where a batch has no
+    `"index"`, or one outside `[0, n)`.
+
+    Cost: as `PerExample` a step, and G numbers (T G) in all. Groups take four bytes an example on the device, once.
+
+    >>> import jax.numpy as jnp, metagradient as mg
+    >>> mg.PerGroup(jnp.ones(2), groups=[0, 0, 1]).value.shape
+    (2,)
+    """
+
+    _groups: _Groups | None = None
+
+    def __init__(self, value: Any, groups: Any):
+        value = _listed(value, "PerGroup")
+        object.__setattr__(self, "value", value)
+        object.__setattr__(self, "_groups", groups if isinstance(groups, _Groups) else _Groups(groups))
+        if hasattr(value, "shape"):
+            self.check(value)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The group of every example, int[n]; None inside the engine, which holds them elsewhere."""
+        return None if self._groups is None else self._groups.ids
+
+    def check(self, value: Any) -> None:
+        """Raise `StructureError` unless this is a value for these groups."""
+        if len(value.shape) not in (1, 2):
+            raise StructureError(f"PerGroup takes a value of shape [G], or [T, G], got {list(value.shape)}")
+        if self._groups is not None and self._groups.bound > value.shape[-1]:
+            raise StructureError(
+                f"PerGroup groups hold {self._groups.bound - 1}, outside [0, {value.shape[-1]}): value has shape "
+                f"{list(value.shape)}, one entry a group"
+            )
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """The value is the only leaf; groups belong to the structure."""
+        return ((jax.tree_util.GetAttrKey("value"), self.value),), self._groups
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: tuple[Any]) -> Self:
+        """Inverse of `tree_flatten_with_keys`."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "value", children[0])
+        object.__setattr__(self, "_groups", aux)
+        return self
+
+
 def is_kind(x: Any) -> bool:
-    """Whether `x` is one of `Shared`, `PerStep`, `PerExample`."""
+    """Whether `x` is one of `Shared`, `PerStep`, `PerExample`, `PerGroup`."""
     return isinstance(x, _Kind)
 
 
-def canonical(z: PyTree) -> PyTree:
-    """`z` with strongly typed jax arrays; raises `StructureError` for a leaf that is not floating."""
+def check_concrete(name: str, tree: PyTree) -> None:
+    """Raise `DerivativeError` for a tree with a leaf that JAX traces: a run is walked in Python, on real arrays."""
+    for path, leaf in jax.tree.flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tracer):
+            raise DerivativeError(
+                f"{name}{jax.tree_util.keystr(path)} is traced ({type(leaf).__name__}), and a run is walked in Python, "
+                f"on real arrays. {TRACED}"
+            )
+
+
+def canonical(z: PyTree, *, traced: bool = False) -> PyTree:
+    """`z` with strongly typed jax arrays; raises `StructureError` for a leaf that is not floating.
+
+    `DerivativeError` for one that is traced, unless that is allowed.
+    """
+    if not traced:
+        check_concrete("z", z)
 
     def convert(path: Any, leaf: Any) -> jax.Array:
         name = f"z{jax.tree_util.keystr(path)}"
@@ -189,88 +297,57 @@ def canonical(z: PyTree) -> PyTree:
             )
         if isinstance(kind, PerExample) and not kind.value.ndim:
             raise StructureError(f"z{jax.tree_util.keystr(path)} is PerExample, but has no axis of examples")
+        if isinstance(kind, PerGroup):
+            kind.check(kind.value)
     return z
 
 
 def wrapped(z: PyTree) -> PyTree:
-    """`z` with bare arrays wrapped as `Shared`: the form that the engine works on."""
-    return jax.tree.map(lambda x: x if is_kind(x) else Shared(x), z, is_leaf=is_kind)
+    """`z` as the engine works on it: bare arrays as `Shared`, and groups left to `groups_of`."""
+
+    def wrap(x: Any) -> Any:
+        if isinstance(x, PerGroup):
+            return PerGroup.tree_unflatten(None, (x.value,))
+        return x if is_kind(x) else Shared(x)
+
+    return jax.tree.map(wrap, z, is_leaf=is_kind)
+
+
+def groups_of(z: PyTree) -> tuple[jax.Array, ...]:
+    """Groups of the `PerGroup` leaves of z, in order: int32[n] each, on the device."""
+    kinds = jax.tree.leaves(z, is_leaf=is_kind)
+    return tuple(k._groups.device for k in kinds if isinstance(k, PerGroup) and k._groups is not None)
 
 
 def like(z: PyTree, tree: PyTree) -> PyTree:
-    """A wrapped `tree` in the structure that the user gave `z`."""
-    return jax.tree.map(lambda x, k: k if is_kind(x) else k.value, z, tree, is_leaf=is_kind)
+    """A tree of as many leaves (wrapped, or bare) in the structure that the user gave `z`."""
+    return jax.tree.unflatten(jax.tree.structure(z), jax.tree.leaves(tree))
 
 
 def bare(z: PyTree) -> PyTree:
-    """`z` without its kinds: what a user's step or loss sees."""
+    """`z` without its kinds: what functions of the user's see."""
     return jax.tree.map(lambda k: k.value if is_kind(k) else k, z, is_leaf=is_kind)
 
 
 def needs_index(z: PyTree) -> bool:
-    """Whether any leaf is `PerExample`."""
-    return any(isinstance(k, PerExample) for k in jax.tree.leaves(z, is_leaf=is_kind))
+    """Whether any leaf is `PerExample` or `PerGroup`."""
+    return any(isinstance(k, PerExample | PerGroup) for k in jax.tree.leaves(z, is_leaf=is_kind))
 
 
 def index_bound(z: PyTree) -> int | None:
-    """Least number of examples among the `PerExample` leaves that cover all of them."""
+    """Least number of examples among the leaves of z, not wrapped, that cover all of them."""
     kinds = jax.tree.leaves(z, is_leaf=is_kind)
-    return min((k.value.shape[0] for k in kinds if isinstance(k, PerExample) and k.rows is None), default=None)
+    covered = [k.value.shape[0] for k in kinds if isinstance(k, PerExample) and k.rows is None]
+    grouped = [len(k.groups) for k in kinds if isinstance(k, PerGroup) and k.groups is not None]
+    return min((*covered, *grouped), default=None)
 
 
 def check_steps(z: PyTree, steps: int) -> None:
-    """Raise `StructureError` unless every `PerStep` leaf of a wrapped z has one entry a step."""
+    """Raise `StructureError` unless leaves with an entry a step have as many as there are steps."""
     for path, kind in jax.tree.flatten_with_path(z, is_leaf=is_kind)[0]:
-        if isinstance(kind, PerStep) and kind.value.shape[:1] != (steps,):
+        curriculum = isinstance(kind, PerGroup) and kind.value.ndim == 2
+        if (isinstance(kind, PerStep) or curriculum) and kind.value.shape[:1] != (steps,):
             raise StructureError(
-                f"z{jax.tree_util.keystr(path)} is PerStep with shape {list(kind.value.shape)}, but the run takes "
-                f"T = {steps} steps"
+                f"z{jax.tree_util.keystr(path)} is {type(kind).__name__} with shape {list(kind.value.shape)}, but the "
+                f"run takes T = {steps} steps"
             )
-
-
-def slices(z: PyTree, t: jax.Array, index: jax.Array | None) -> PyTree:
-    """What steps `t` see of a wrapped `z`, still wrapped.
-
-    Arguments:
-        z: wrapped metaparameters.
-        t: int[...], step numbers.
-        index: int[..., batch], example ids of those steps; None where no leaf is `PerExample`.
-
-    Returns: `Shared` whole; `PerStep` `[..., *entry]`; `PerExample` `[..., batch, *entry]`.
-    """
-
-    def take(kind: Any) -> Any:
-        if isinstance(kind, PerStep):
-            return PerStep(placed(lambda value, t: value[t], rows_spread(t, kind.value), kind.value, t))
-        if isinstance(kind, PerExample):
-            assert index is not None
-
-            def rows(value: jax.Array, index: jax.Array) -> jax.Array:
-                return value.at[kind.slots(index)].get(mode="fill", fill_value=0)
-
-            return PerExample(placed(rows, rows_spread(index, kind.value), kind.value, index))
-        return kind
-
-    return jax.tree.map(take, z, is_leaf=is_kind)
-
-
-def accumulate(total: PyTree, cotangent: PyTree, t: jax.Array, index: jax.Array | None) -> PyTree:
-    """Add the cotangents of `slices(z, t, index)` to `total`, which has the shape of `z`.
-
-    `Shared` cotangents are already summed over the steps. An example that a batch holds twice is added twice.
-    """
-
-    def put(kind: Any, ct: Any) -> Any:
-        if isinstance(kind, PerStep):
-            return PerStep(placed(lambda x, t, ct: x.at[t].add(ct), spread(kind.value), kind.value, t, ct.value))
-        if isinstance(kind, PerExample):
-            assert index is not None
-
-            def added(value: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
-                return value.at[kind.slots(index)].add(rows, mode="drop")
-
-            value = placed(added, spread(kind.value), kind.value, index, ct.value)
-            return jax.tree.unflatten(jax.tree.structure(kind), [value])
-        return Shared(kind.value + ct.value)
-
-    return jax.tree.map(put, total, cotangent, is_leaf=is_kind)

@@ -10,8 +10,9 @@ import numpy as np
 
 from metagradient._jax import trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
+from metagradient.given import Given
 from metagradient.layout import check_mesh
-from metagradient.metaparameters import check_steps, index_bound, needs_index, wrapped
+from metagradient.metaparameters import check_concrete, check_steps, index_bound, needs_index
 from metagradient.step.choose import choose
 from metagradient.step.contract import Contract
 from metagradient.step.explain import Call, bare_arrays_explained, explained
@@ -31,7 +32,7 @@ class Run:
 
     Arguments:
         training: the training.
-        z: wrapped metaparameters.
+        given: what its steps are given.
         feed: its batches.
         state: its initial state.
         contract: its step, traced.
@@ -39,32 +40,36 @@ class Run:
     """
 
     training: Training
-    z: PyTree
+    given: Given
     feed: Feed
     state: PyTree
     contract: Contract
     begin: int
 
     @classmethod
-    def prepared(cls, training: Training, z: PyTree, window: int | None = None, *, first: bool = True) -> Self:
+    def prepared(cls, training: Training, z: PyTree, window: int | None = None) -> Self:
         """Check everything that can be known before compute is spent.
+
+        The first time for a training and shapes of z, its batches and its step are checked; later, its step is left to
+        be traced beside the device's work, by `contract.recheck`.
 
         Arguments:
             z: canonical metaparameters.
             window: as in `value_and_metagrad`.
-            first: whether this training was not checked before. Where it was, its step is left to be traced beside the
-                device's work, by `contract.recheck`.
         """
         steps = len(training.batches)
-        kinds = wrapped(z)
-        feed = Feed(training.batches, needs_index(kinds), index_bound(kinds))
+        given = Given.of(z, training.args)
+        feed = Feed(training.batches, needs_index(z), index_bound(z))
+        programs, about = training.programs, signature(z)
+        first = about not in programs.checked.get(training, ())
         feed.check(whole=first)
         if window is not None and not 1 <= window <= steps:
             raise StructureError(f"window must be between 1 and T = {steps}, got {window}")
-        check_steps(kinds, steps)
-        check_mesh(kinds, feed.first, () if training.starts_from_z else training.init)
-        programs = training.programs
+        check_steps(z, steps)
+        check_mesh(given, feed.first, () if training.starts_from_z else training.init)
         state = training.initial(z)
+        check_concrete("args", training.args)
+        check_concrete("the initial state", state)
         if training.starts_from_z:
             again = training.initial(z)
             if not np.array_equal(programs.fingerprint(state)[0], programs.fingerprint(again)[0]):
@@ -72,19 +77,27 @@ class Run:
                     "init gave another state the second time: it draws on something outside z. Make keys of a fixed "
                     "seed"
                 )
-        contract = Contract(programs, state, feed.first, kinds, allow_low_precision=training.allow_low_precision)
+        contract = Contract(programs, state, feed.first, given, allow_low_precision=training.allow_low_precision)
         if first:
             with bare_arrays_explained(z, feed.first, steps):
                 contract.check()
-        return cls(training, kinds, feed, state, contract, 0 if window is None else steps - window)
+            programs.checked.setdefault(training, set()).add(about)
+        return cls(training, given, feed, state, contract, 0 if window is None else steps - window)
 
     def check_derivatives(self, z: PyTree) -> None:
-        """Raise `DerivativeError` or `StructureError` where its start or its steps can't be differentiated in z."""
+        """Raise `DerivativeError` or `StructureError` where its start or its steps can't be differentiated in z.
+
+        That is found out the first time for a training and shapes of z.
+        """
+        known, about = self.programs.checked[self.training], ("derivatives", self.begin, *signature(z))
+        if about in known:
+            return
         self.contract.check_adjoint()
         if self.training.starts_from_z and not self.begin:
             call = Call("init function", self.training.init, ("z",))
             with explained(call, program=lambda: trace(self.training.initial, z)[0]):
                 jax.eval_shape(self._pulled_start, z)
+        known.add(about)
 
     def _pulled_start(self, z: PyTree) -> PyTree:
         values, vjp = jax.vjp(lambda z: floating(self.training.initial(z))[0], z)
@@ -98,7 +111,7 @@ class Run:
     @property
     def signature(self) -> tuple:
         """What a choice about its programs depends on: the shapes of what they take, and the run's length."""
-        return *signature(self.state, self.feed.first, self.z), len(self.feed)
+        return *signature(self.state, self.feed.first, self.given), len(self.feed)
 
     def chosen(self, segment: Segment | int | None) -> Segment:
         """How its steps are compiled, measured where `segment` leaves it open.
@@ -109,12 +122,12 @@ class Run:
             return segment
         key, known = (self.signature, segment), self.programs.segments
         if key not in known:
-            known[key] = choose(self.programs, segment, self.feed, self.z, self.state)
+            known[key] = choose(self.programs, segment, self.feed, self.given, self.state)
         return known[key]
 
     def runner(self, segment: Segment, *, queries: bool = False, hold_bytes: int = 0) -> Runner:
         """A walker at the start of the run."""
-        return Runner(self.programs, segment, self.feed, self.z, queries, self.begin, hold_bytes)
+        return Runner(self.programs, segment, self.feed, self.given, queries, self.begin, hold_bytes)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from metagradient.errors import StructureError
+from metagradient.metaparameters import check_concrete
 from metagradient.step.explain import Call, explained
 from metagradient.trees import PyTree, is_floating, paths, strong
 
@@ -41,6 +42,8 @@ def arrays(name: str, tree: PyTree) -> PyTree:
         try:
             return strong(leaf)
         except (TypeError, ValueError, OverflowError) as error:
+            # In a pass backwards, what its caller traces can't be calculated with.
+            check_concrete(f"{name}{jax.tree_util.keystr(path)}", leaf)
             what = "a function" if callable(leaf) else f"{leaf!r:.80}"
             raise StructureError(
                 f"{name}{jax.tree_util.keystr(path)} is {what}, not an array of numbers: {_remedy(tree, leaf)}"

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import jax.numpy as jnp
 import optax
 
 from metagradient.errors import StructureError
 from metagradient.examples import checked
-from metagradient.metaparameters import needs_index, slices, wrapped
+from metagradient.given import Given
+from metagradient.metaparameters import bare
 from metagradient.start import arrays, check_parameters, is_function, started
 from metagradient.step.explain import pair
-from metagradient.step.feed import check_source
+from metagradient.step.feed import Batches, check_source
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import check_optimizer, is_optimizer
 from metagradient.step.programs import Programs, programs_of
@@ -20,14 +21,6 @@ from metagradient.step.rule import Rule, WrittenStep
 from metagradient.trees import PyTree
 
 __all__ = ["Batches", "TrainState", "Training"]
-
-
-class Batches(Protocol):
-    """A random-access sequence of batches: the same pytree of arrays at every read of the same step."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, t: int, /) -> PyTree: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +31,13 @@ class Training:
         init: `z -> state`, or the state itself where the start doesn't depend on z. A state is any pytree of arrays
             and holds everything that evolves: parameters, moments, statistics, PRNG keys, counters.
         step: `(state, batch, z_t) -> state`, pure and jit-able. `z_t` has the structure of z with bare arrays:
-            `Shared` whole, `PerStep` its t-th entry, `PerExample` the rows of `batch["index"]`.
+            `Shared` whole, `PerStep` its t-th entry, `PerExample` the rows of `batch["index"]`, `PerGroup` those
+            of their groups. Nor does `init` see kinds: its z has bare arrays.
         batches: random-access sequence; `len(batches)` is T, `batches[t]` a pytree of arrays of the same shapes and
             dtypes for every t, equal at every read.
+        args: constants of the run, any pytree of arrays: a frozen base model, a pool, a teacher. Where given, the step
+            is `(state, batch, z_t, args) -> state`. They are converted once, held once, and an argument of the compiled
+            program: other values compile nothing. They aren't differentiated.
         allow_low_precision: let the step compute in half precision, or with lowered matmul precision. Metagradients
             are then often noise.
 
@@ -57,8 +54,9 @@ class Training:
     """
 
     init: Any
-    step: Callable[[PyTree, PyTree, PyTree], PyTree]
+    step: Callable[..., PyTree]
     batches: Batches
+    args: PyTree = None
     allow_low_precision: bool = field(default=False, kw_only=True)
     programs: Programs = field(init=False, repr=False)
 
@@ -68,6 +66,7 @@ class Training:
             raise StructureError(
                 f"step is {type(self.step).__name__}, expected a function (state, batch, z_t) -> state"
             )
+        object.__setattr__(self, "args", arrays("args", self.args))
         object.__setattr__(self, "programs", programs_of(self.rule))
 
     @classmethod
@@ -78,6 +77,7 @@ class Training:
         init: Any,
         batches: Batches,
         *,
+        args: PyTree = None,
         microbatches: int = 1,
         examples: Sequence[str | int] | Callable[[PyTree], int] | None = None,
         has_model_state: bool = False,
@@ -97,6 +97,8 @@ class Training:
                 Build it once, outside any function of a seed: a new object means a new compilation.
             init: params; with `has_model_state`, `(params, model_state)`; or `z -> either`.
             batches: as in `Training`.
+            args: as in `Training`. Where given, the loss takes them last: `(params, batch, z_t, args)`,
+                `(params, model_state, batch, z_t, args)`; init and optimizer don't.
             microbatches: m >= 1; the loss is called on m equal slices of the batch and results averaged (losses,
                 gradients, floating model state). The numbers are those of m = 1 wherever the loss is a mean over
                 examples; the memory is that of a slice. Leaves of the batch that hold no examples (class weights, a
@@ -116,10 +118,12 @@ class Training:
         if microbatches < 1:
             raise StructureError(f"microbatches must be at least 1, got {microbatches}")
         check_optimizer(optimizer)
-        step = LossStep(loss, optimizer, microbatches, has_model_state, per_example, checked(examples))
+        step = LossStep(
+            loss, optimizer, microbatches, has_model_state, per_example, checked(examples), takes_args=args is not None
+        )
 
         def start(z: PyTree) -> TrainState:
-            given = started(init, z)
+            given = started(init, bare(z))
             params, model_state = given, None
             if has_model_state:
                 params, model_state = pair(given, "init must be (params, model_state)")
@@ -127,16 +131,18 @@ class Training:
             check_parameters(params)
             first = None
             if not is_optimizer(optimizer):
-                first = slices(wrapped(z), jnp.zeros((), jnp.int32), batches[0]["index"] if needs_index(z) else None)
+                first = Given.of(z).seen(jnp.zeros((), jnp.int32), batches[0])
             return step.initial(params, model_state, first)
 
         fixed = not is_function(init) and is_optimizer(optimizer)
-        return cls(start(None) if fixed else start, step, batches, allow_low_precision=allow_low_precision)
+        return cls(
+            start(None) if fixed else _Start(start), step, batches, args, allow_low_precision=allow_low_precision
+        )
 
     @property
     def rule(self) -> Rule:
         """The step together with its adjoint."""
-        return self.step if isinstance(self.step, LossStep) else WrittenStep(self.step)
+        return self.step if isinstance(self.step, LossStep) else WrittenStep(self.step, self.args is not None)
 
     @property
     def starts_from_z(self) -> bool:
@@ -145,4 +151,26 @@ class Training:
 
     def initial(self, z: PyTree) -> PyTree:
         """The state before the first step, with strongly typed leaves."""
-        return arrays("state", started(self.init, z, self.rule.calls))
+        seen = z if isinstance(self.init, _Start) else bare(z)
+        return arrays("state", started(self.init, seen, self.rule.calls))
+
+
+@dataclass(frozen=True)
+class _Start:
+    """`init` of `Training.from_loss`, which takes z with its kinds: an optimiser may be made of its first slice."""
+
+    function: Callable[[PyTree], TrainState]
+
+    def __call__(self, z: PyTree) -> TrainState:
+        return self.function(z)
+
+
+def check_training(training: Any) -> None:
+    """Raise `StructureError` for what is no `Training`."""
+    if isinstance(training, Training):
+        return
+    swapped = ": training and objective are swapped" if callable(training) else ""
+    raise StructureError(
+        f"training is a {type(training).__name__}, not an mg.Training{swapped}. Arguments come in the order training, "
+        "objective, z"
+    )

@@ -1,7 +1,6 @@
 """Updates for `descend`, and projections: `mg.updates`."""
 
 from metagradient.descent.updates import (
-    ascent,
     ball,
     block_coordinate,
     box,
@@ -16,7 +15,6 @@ from metagradient.descent.updates import (
 )
 
 __all__ = [
-    "ascent",
     "ball",
     "block_coordinate",
     "box",

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metagradient._replay import Replay, Stats
+from metagradient._train import train
 from metagradient.counts import CountSurrogate
-from metagradient.descent.seeds import inner_seed
+from metagradient.descent.seeds import fresh_seed, inner_seed
 from metagradient.descent.updates import unit_rms
 from metagradient.errors import NonFiniteError, StructureError
-from metagradient.metagrad import Evaluation, Stats, value_and_metagrad
+from metagradient.metagrad import Evaluation, Metagradient
+from metagradient.metaparameters import bare
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, add
@@ -69,8 +72,7 @@ class Gradients:
 
     Arguments:
         training, objective, held_out, seed, seeds: as in `descend`.
-        segment: as the user gave it.
-        options: of `value_and_metagrad`, the segment apart.
+        options: as in `value_and_metagrad`, segment included.
 
     It holds the last run that it differentiated, and so the programs that the next one, of another seed, shares.
     """
@@ -80,11 +82,11 @@ class Gradients:
     held_out: Callable[[PyTree, PyTree], jax.Array] | None
     seed: int
     seeds: int
-    segment: Segment | int | None
-    options: dict[str, Any]
+    options: Replay
 
     def __post_init__(self) -> None:
         self._last: Any = None
+        self._last_scored: Any = None
 
     def at(self, step: int, z: PyTree, segment: Segment | None) -> Measured:
         """The metagradient of a meta-step.
@@ -98,7 +100,7 @@ class Gradients:
         mean = Mean()
         for number in range(self.seeds):
             run, drawn = self._training(step, number)
-            found, took = self._evaluated(run, z, stats[-1].segment if stats else segment or self.segment)
+            found, took = self._evaluated(run, z, stats[-1].segment if stats else segment or self.options.segment)
             seeds.append(self._record(drawn, found, z))
             stats.append(found.stats)
             runs.append(took)
@@ -108,11 +110,12 @@ class Gradients:
 
     def _evaluated(self, run: Differentiable, z: PyTree, segment: Segment | int | None) -> tuple[Evaluation, float]:
         """A metagradient, and what it took in plain training runs."""
+        options = replace(self.options, segment=segment)
         if isinstance(run, CountSurrogate):
-            found = run.evaluate(self.objective, z, segment=segment, **self.options)
+            found = run.evaluate_with(self.objective, z, options)
             self._last = run
             return found
-        metagradient = value_and_metagrad(run, self.objective, segment=segment, **self.options)
+        metagradient = Metagradient(run, self.objective, options)
         found = metagradient.evaluate(z)
         self._last = metagradient
         return found, found.stats.in_steps / len(run.batches)
@@ -121,19 +124,35 @@ class Gradients:
         if isinstance(self.training, (Training, CountSurrogate)):
             return self.training, None
         seed = inner_seed(self.seed, step, number)
+        return self._drawn(seed), seed
+
+    def _drawn(self, seed: int) -> Differentiable:
+        assert not isinstance(self.training, (Training, CountSurrogate))
         drawn = self.training(seed)
         check_drawn(drawn, seed)
-        return drawn, seed
+        return drawn
+
+    def scores(self, z: PyTree, fresh: int) -> list[float]:
+        """Held-out value (without `held_out`, the objective's) of trainings on fresh seeds; of a fixed one, once."""
+        if isinstance(self.training, (Training, CountSurrogate)):
+            return [self._scored(self.training, z)]
+        return [self._scored(self._drawn(fresh_seed(self.seed, number)), z) for number in range(fresh)]
+
+    def _scored(self, run: Differentiable, z: PyTree) -> float:
+        state = run.trained(z) if isinstance(run, CountSurrogate) else train(run, z)
+        self._last_scored = run
+        return self._score(self.held_out or self.objective, state, bare(z))
+
+    def _score(self, function: Callable[[PyTree, PyTree], jax.Array], state: PyTree, z: PyTree) -> float:
+        score = jnp.asarray(function(state, z))
+        if score.shape:
+            raise StructureError(f"held_out returned {score.dtype}{list(score.shape)}, expected a scalar")
+        if not bool(jnp.isfinite(score)):
+            raise NonFiniteError(f"held_out is {score}, at a final state that is finite")
+        return float(score)
 
     def _record(self, seed: int | None, found: Evaluation, z: PyTree) -> SeedRecord:
-        held_out = None
-        if self.held_out:
-            other = jnp.asarray(self.held_out(found.state, z))
-            if other.shape:
-                raise StructureError(f"held_out returned {other.dtype}{list(other.shape)}, expected a scalar")
-            if not bool(jnp.isfinite(other)):
-                raise NonFiniteError(f"held_out is {other}, at a final state that is finite")
-            held_out = float(other)
+        held_out = self._score(self.held_out, found.state, bare(z)) if self.held_out else None
         return SeedRecord(seed, float(found.value), held_out, float(optax.tree.norm(found.grad)))
 
 

@@ -9,10 +9,9 @@ import numpy as np
 from metagradient._jax import digest, trace
 from metagradient.counts import CountSurrogate
 from metagradient.descent.journal import checksum
-from metagradient.metaparameters import PerExample, is_kind
-from metagradient.objectives import MeanOver
+from metagradient.metaparameters import PerExample, bare, is_kind
+from metagradient.objectives import MeanOver, sets_taken
 from metagradient.run import Run, full_precision
-from metagradient.step.choose import first_step
 from metagradient.step.feed import array
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -27,13 +26,13 @@ def of_run(run: Training | CountSurrogate, z: PyTree, window: int | None) -> dic
         return _of_surrogate(run, z)
     with full_precision(run.allow_low_precision):
         prepared = Run.prepared(run, z, window)
-        step = trace(run.rule.advance, *first_step(prepared.feed, prepared.z, prepared.state))[0]
         return {
             "number of training steps": len(run.batches),
             "checksum of the first batch": checksum(prepared.feed.first),
             "checksum of the last batch": checksum(prepared.feed[len(run.batches) - 1]),
             "checksum of the initial state": checksum(prepared.state),
-            "digest of the training step": digest(step, lasting=True),
+            "checksum of args": checksum(run.args),
+            "digest of the training step": digest(prepared.contract.program, lasting=True),
         }
 
 
@@ -48,13 +47,16 @@ def of_objective(objective: Callable[[PyTree, PyTree], Any] | None, run: Trainin
         state_z = z
     state = jax.eval_shape(run.initial, state_z)
     try:
-        if isinstance(objective, MeanOver):
-            first, last = (jax.tree.map(array, objective.batches[i]) for i in (0, len(objective.batches) - 1))
-            loss = digest(trace(objective.loss, state, first)[0], lasting=True)
-            return f"{loss} over {len(objective.batches)} batches, {checksum(first)} to {checksum(last)}"
-        return digest(trace(objective, state, z)[0], lasting=True)
+        with sets_taken() as sets:
+            program = digest(trace(objective, state, bare(state_z))[0], lasting=True)
     except (TypeError, jax.errors.JAXTypeError):
         return "not traceable"
+    return " ".join([program, *(_of_set(mean) for mean in dict.fromkeys(sets))])
+
+
+def _of_set(mean: MeanOver) -> str:
+    first, last = (jax.tree.map(array, mean.batches[i]) for i in (0, len(mean.batches) - 1))
+    return f"over {len(mean.batches)} batches, {checksum(first)} to {checksum(last)}, args {checksum(mean.args)}"
 
 
 def _of_surrogate(surrogate: CountSurrogate, z: PyTree) -> dict[str, Any]:
@@ -62,12 +64,14 @@ def _of_surrogate(surrogate: CountSurrogate, z: PyTree) -> dict[str, Any]:
     training = surrogate.training(np.asarray(counts).astype(np.int64))
     state = training.initial({})
     candidates = jax.tree.map(array, next(iter(surrogate.candidates)))
-    losses = trace(surrogate.losses, state.params, state.model_state, candidates)[0]
+    given = () if surrogate.args is None else (surrogate.args,)
+    losses = trace(surrogate.losses, state.params, state.model_state, candidates, *given)[0]
     return {
         "number of training steps": len(training.batches),
         "checksum of the first batch": checksum(jax.tree.map(array, training.batches[0])),
         "checksum of the initial state": checksum(state),
         "checksum of the first candidates": checksum(candidates),
+        "checksum of args": checksum((training.args, surrogate.args)),
         "digest of the candidates' losses": digest(losses, lasting=True),
         "step k": surrogate.at,
     }

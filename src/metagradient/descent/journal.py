@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from metagradient.errors import ConfigError, StoreError
 from metagradient.files import append_text, replace_file, write_text
-from metagradient.metaparameters import PerExample, is_kind
+from metagradient.metaparameters import PerExample, PerGroup, is_kind
 from metagradient.step.segment import Segment
 from metagradient.trees import PyTree, is_key, paths
 
@@ -214,12 +214,14 @@ def whole_lines(path: Path) -> list[Any]:
 
 
 def described(tree: PyTree) -> dict[str, str]:
-    """What each leaf of a tree is, in words, by path: kind, dtype, shape, and the examples that it covers."""
+    """What each leaf of a tree is, in words, by path: kind, dtype, shape, and the examples or groups that it covers."""
 
     def words(kind: Any) -> str:
         arrays = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(kind)]
         rows = kind.rows if isinstance(kind, PerExample) else None
+        groups = kind.groups if isinstance(kind, PerGroup) else None
         covers = [] if rows is None else [f"of rows with checksum {crc32(rows.tobytes())}"]
+        covers += [] if groups is None else [f"of groups with checksum {crc32(groups.tobytes())}"]
         return " ".join([*([type(kind).__name__] if is_kind(kind) else []), *arrays, *covers])
 
     leaves = jax.tree.flatten_with_path(tree, is_leaf=is_kind)[0]

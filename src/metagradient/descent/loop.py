@@ -1,29 +1,33 @@
 """`descend`: metagradient descent, one loop for every task."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from metagradient._jax import digest, trace
+from metagradient._replay import Replay, Stats
 from metagradient.counts import CountSurrogate
 from metagradient.descent.board import Board
+from metagradient.descent.finalists import Finalist, ranked
 from metagradient.descent.gradients import Differentiable, Gradients, Measured, SeedRecord, check_drawn
 from metagradient.descent.identity import of_objective, of_run
 from metagradient.descent.journal import Best, Journal, Position, checksum, described
+from metagradient.descent.kept import KEPT, Kept
 from metagradient.descent.seeds import MOST_NUMBERS, MOST_STEPS, fresh_seed, inner_seed
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
-from metagradient.metagrad import Stats
 from metagradient.metaparameters import canonical
+from metagradient.replay.budget import Memory
+from metagradient.replay.schedule import Schedule
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, mismatch, paths, strong
 
-__all__ = ["Best", "Descent", "MetaStep", "SeedRecord", "descend", "fresh_seed", "inner_seed"]
+__all__ = ["Best", "Descent", "Finalist", "MetaStep", "SeedRecord", "descend", "fresh_seed", "inner_seed"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Descent(Iterator[MetaStep]):
         patience: int | None,
         journal: Journal | None,
         board: Board | None,
+        kept: Kept,
     ):
         self._gradients = gradients
         self._move = move
@@ -87,6 +92,7 @@ class Descent(Iterator[MetaStep]):
         self._patience = patience
         self._journal = journal
         self._board = board
+        self._kept = kept
 
     @property
     def step(self) -> int:
@@ -100,11 +106,40 @@ class Descent(Iterator[MetaStep]):
 
     @property
     def best(self) -> Best | None:
-        """The lowest held-out value so far (without `held_out`, the lowest value), and the z that it was measured at.
+        """The best held-out value so far (without `held_out`, the best value), and the z that it was measured at.
 
         None before the first meta-step. What the last update led to was not measured, so it is no candidate.
         """
         return self._at.best
+
+    @property
+    def kept(self) -> dict[int, PyTree]:
+        """The z that a meta-step started from, by its number, for every n-th, as `keep` said. Read from the journal."""
+        return self._kept.read()
+
+    def finalists(self, fresh: int = 4, *, candidates: Mapping[str, PyTree] | None = None) -> list[Finalist]:
+        """Candidates tried again, on common fresh seeds: which z to take.
+
+        Arguments:
+            fresh: trainings of each candidate, at least 1, with seeds that no meta-step draws, the same for all. A
+                fixed training is run once.
+            candidates: z's by name. None takes the best, the last and those that were kept.
+
+        Returns: what was measured, best first: of `held_out`, or of the objective without one. `finalists()[0].z` is
+            the z to take; `behind` and `error` of the next one say how sure that is.
+
+        Errors: `ConfigError` without a training or a candidate; those of `train`.
+
+        Cost: `fresh` trainings for each candidate.
+        """
+        if fresh < 1:
+            raise ConfigError(f"finalists are tried on at least one fresh seed, got {fresh}")
+        if candidates is None:
+            candidates = {f"meta-step {step}": z for step, z in self.kept.items()}
+            if self.best:
+                candidates[f"meta-step {self.best.step}"] = self.best.z
+            candidates[f"meta-step {self.step}"] = self.z
+        return ranked(self._gradients, {n: canonical(z) for n, z in candidates.items()}, fresh, self._move.maximise)
 
     @property
     def segment(self) -> Segment | None:
@@ -127,10 +162,13 @@ class Descent(Iterator[MetaStep]):
         found = self._gradients.at(at.step, at.z, at.segment)
         z, memory = self._move(found.grad, at.memory, at.z)
         record = _record(at, found, z)
-        after = Position(at.step + 1, z, memory, _better(at.best, record), found.stats.segment)
+        after = Position(
+            at.step + 1, z, memory, _better(at.best, record, maximise=self._move.maximise), found.stats.segment
+        )
         if self._board:
             shown = {name: getattr(record, name) for name in ("value", "held_out", "grad_norm", "agreement")}
             self._board.add(record.step, shown)
+        self._kept.add(at.step, at.z)
         if self._journal:
             self._journal.commit(after, record.found(), record.took())
         self._at = after
@@ -147,41 +185,54 @@ def descend(
     seeds: int = 1,
     project: Callable[[PyTree], PyTree] | None = None,
     held_out: Callable[[PyTree, PyTree], jax.Array] | None = None,
+    maximise: bool = False,
+    keep: int | None = None,
     patience: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     tensorboard: bool = False,
-    **options: Any,
+    memory: Memory | str | None = None,
+    schedule: Schedule | None = None,
+    segment: Segment | int | None = None,
+    window: int | None = None,
+    verify: Literal["boundaries", "off"] = "boundaries",
+    progress: bool = False,
 ) -> Descent:
     r"""Metagradient descent: train, differentiate through the training, update the metaparameters, repeat.
 
     $$z \leftarrow \mathrm{project}(z + \mathrm{update}(\nabla f(z)))$$
+
+    Which z to take in the end? The best one was measured on seeds that it was chosen by, and flatters itself:
+    `Descent.finalists` tries the best, the last and those that were kept again, on common fresh seeds.
 
     Arguments:
         training: the run, or `seed -> Training`; then every meta-step draws fresh seeds, and what is learnt must hold
             for all of them (a fixed seed gets exploited). Build loss and optimiser outside that function, so that
             every meta-step runs the same compiled programs. In place of a `Training` it may be a `CountSurrogate`,
             with counts for z.
-        objective: `(final state, z) -> scalar` to minimise.
+        objective: `(final state, z) -> scalar` to minimise, z with bare arrays.
         z: metaparameters to start from.
-        update: an optax transformation of metagradients; see `metagradient.updates`.
+        update: an optax transformation of metagradients, in the kinds of z; see `metagradient.updates`.
         steps: number of meta-steps.
         seeds: trainings a meta-step, each with a seed of its own. With several, each one's metagradient is scaled to
             unit root mean square, leaf by leaf, and then they are averaged, so that no seed drowns the others (a leaf
             that is zero for a seed doesn't count). Values are averaged as they are.
-        project: applied to z after every update.
-        held_out: a second objective that steers nothing, and picks the best z, lower being better: metagradient
-            descent overfits small targets.
+        project: applied to z, with its kinds, after every update.
+        held_out: a second objective that steers nothing, and picks the best z: metagradient descent overfits small
+            targets.
+        maximise: climb instead: the objective is maximised, and higher is better for it and for `held_out`.
+        keep: keep the z of every n-th meta-step, from the first: in `Descent.kept`, and with `out` in `out/kept`. None
+            keeps the best and the last alone.
         patience: stop after so many meta-steps without a new best held-out value; None takes all steps.
         seed: seed of the inner seeds, from 0.
         out: directory of a journal; `metagradient.descent.journal` tells its files. Called again with the same one,
             `descend` goes on after the last meta-step that was done, wherever it was killed, and ends in the same bits.
-            `steps` and `patience` may differ from those that it was begun with. Whatever else differs is refused by
-            name: the programs of step, objective and `held_out`, T, the first and last batch, the initial state, z,
+            `steps`, `patience` and `keep` may differ from those that it was begun with. Whatever else differs is
+            refused by name: the programs of step, objective and `held_out`, T, the first and last batch, the initial state, z,
             window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn. Batches in
             between are not compared.
         tensorboard: write event files to `out/tensorboard`; needs `pip install 'metagradient[tensorboard]'`.
-        options: as in `value_and_metagrad`, but for `vector`.
+        memory, schedule, segment, window, verify, progress: as in `value_and_metagrad`.
 
     Returns: an iterator over the meta-steps that are left to take; take as many as wanted. A meta-step measures the z
         that it starts from (`record.z`) and ends in an update (`record.next_z`). So what the last update led to, the
@@ -207,7 +258,8 @@ def descend(
     (True, 3)
     """
     z = canonical(z)
-    segment, fresh = options.pop("segment", None), not isinstance(training, (Training, CountSurrogate))
+    options = Replay(memory=memory, schedule=schedule, segment=segment, window=window, verify=verify, progress=progress)
+    fresh = not isinstance(training, (Training, CountSurrogate))
     wrong = {
         "training must be a Training (or CountSurrogate), or a function seed -> Training": fresh
         and not callable(training),
@@ -221,16 +273,17 @@ def descend(
         f"patience must be at least 1, got {patience}": patience is not None and patience < 1,
         "patience waits for a better held-out value: give held_out too": patience is not None and held_out is None,
         "tensorboard=True needs out=, the directory that its files go to": tensorboard and out is None,
-        "vector=True has no single metagradient to follow": options.get("vector", False),
+        f"keep must be at least 1, got {keep}": keep is not None and keep < 1,
+        "a gradient in counts has no window=: its step is `at`": isinstance(training, CountSurrogate)
+        and window is not None,
     }
     for message, found in wrong.items():
         if found:
             raise ConfigError(message)
-    move = _Move(update, project)
+    move = _Move(update, project, maximise)
     start = Position(0, z, strong(update.init(z)), None, segment if isinstance(segment, Segment) else None)
     journal = None
     if out is not None:
-        window = options.get("window")
 
         def also() -> dict[str, Any]:
             run: Any = training
@@ -252,14 +305,16 @@ def descend(
             "training": "drawn by seed" if fresh else "fixed",
             "seed": seed,
             "seeds": seeds,
+            "maximise": maximise,
             "window": window,
             "segment": str(segment),
         }
         journal = Journal(Path(out), identity, start, also)
         start = journal.position
     board = Board(Path(out) / "tensorboard", start.step) if out is not None and tensorboard else None
-    gradients = Gradients(training, objective, held_out, seed, seeds, segment, options)
-    return Descent(gradients, move, start, steps, patience, journal, board)
+    gradients = Gradients(training, objective, held_out, seed, seeds, options)
+    kept = Kept(keep, z, None if out is None else Path(out) / KEPT, start.step)
+    return Descent(gradients, move, start, steps, patience, journal, board, kept)
 
 
 @dataclass(frozen=True)
@@ -268,6 +323,7 @@ class _Move:
 
     update: optax.GradientTransformation
     project: Callable[[PyTree], PyTree] | None
+    maximise: bool = False
 
     def __call__(self, grad: PyTree, memory: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
         """The next z, and the update's next memory."""
@@ -289,6 +345,7 @@ class _Move:
             return None
 
     def _moved(self, grad: PyTree, memory: PyTree, z: PyTree) -> tuple[PyTree, PyTree]:
+        grad = jax.tree.map(jnp.negative, grad) if self.maximise else grad
         changes, memory = self.update.update(grad, memory, z)
         z = optax.apply_updates(z, changes)
         return strong(self.project(z) if self.project else z), strong(memory)
@@ -302,6 +359,7 @@ def _record(at: Position, found: Measured, next_z: PyTree) -> MetaStep:
     return MetaStep(at.step, value, held_out, grad_norm, found.agreement, found.seeds, at.z, next_z, found.stats, took)
 
 
-def _better(best: Best | None, record: MetaStep) -> Best:
+def _better(best: Best | None, record: MetaStep, *, maximise: bool) -> Best:
     score = record.value if record.held_out is None else record.held_out
-    return best if best and best.score <= score else Best(record.step, score, record.z)
+    sign = -1 if maximise else 1
+    return best if best and sign * best.score <= sign * score else Best(record.step, score, record.z)

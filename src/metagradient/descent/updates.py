@@ -63,18 +63,6 @@ def sign(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return optax.sign_sgd(rate)
 
 
-def ascent(update: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Maximise: the same update, of the negative metagradient.
-
-    `descend` still takes low values for good ones where it looks for the best z, or runs out of patience.
-
-    >>> climb = ascent(optax.sgd(0.5))
-    >>> climb.update(jnp.ones(()), climb.init(jnp.zeros(())))[0].item()
-    0.5
-    """
-    return optax.chain(optax.scale(-1.0), update)
-
-
 class BlockState(NamedTuple):
     """Memory of `block_coordinate`: the key of all draws to come."""
 
@@ -84,7 +72,7 @@ class BlockState(NamedTuple):
 def block_coordinate(p: float, seed: int = 0) -> optax.GradientTransformation:
     r"""Let a random part of z move: a block stays put unless $m \sim \mathrm{Bernoulli}(p)$ is 1.
 
-    A block is an example of a `PerExample` leaf, a step of a `PerStep` leaf, an entry of a `Shared` one; each meta-step
+    A block is an example of a `PerExample` leaf, a step of a `PerStep` leaf, an entry of any other; each meta-step
     draws anew. Chain it after what makes the moves: `optax.chain(normalised(0.1), block_coordinate(0.2))`.
 
     Arguments:
@@ -186,13 +174,15 @@ def pixel_ascent(
 ) -> optax.GradientTransformation:
     r"""Poisoning: ascent by signs on pixels, within `ball(originals, radius, low, high)`.
 
+    It climbs by itself: `descend` is left to minimise, so that it climbs the objective, and its `best` is the lowest.
+
     Arguments:
         rate: of a meta-step, in units of a pixel; or a schedule over meta-steps.
         originals, radius, low, high: as in `ball`.
 
     Floating sums can leave the ball in their last digit; `descend`'s `project=ball(...)` is exact.
     """
-    return optax.chain(ascent(sign(rate)), inside(ball(originals, radius, low=low, high=high)))
+    return optax.chain(optax.scale(-1.0), sign(rate), inside(ball(originals, radius, low=low, high=high)))
 
 
 def inside(project: Projection) -> optax.GradientTransformation:

@@ -94,6 +94,15 @@ class Memory:
         if path is not None and disk is None:
             raise ScheduleError(f"path={str(path)!r} is where states on disk go: say how many bytes, with disk=")
 
+    @classmethod
+    def of(cls, budget: "Memory | str | float") -> "Memory":
+        """A budget as it is, or one of the device alone, given in bytes or as text."""
+        if isinstance(budget, Memory):
+            return budget
+        if not isinstance(budget, str | int | float) or isinstance(budget, bool):
+            raise ScheduleError(f'memory is {budget!r}: give mg.Memory(device=, host=, disk=), or a size such as "4GB"')
+        return cls(device=budget)
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:

@@ -17,7 +17,7 @@ from metagradient.trees import PyTree, floating_paths, is_floating, paths, zeros
 def locate_in_segment(runner: Runner, i: int, state: PyTree) -> str:
     """Step through segment i, and say where a state first holds something not finite."""
     for t, batch in _single_steps(runner, i):
-        new = runner.form.advance_one(state, runner.z, np.int32(t), batch)[0]
+        new = runner.form.advance_one(state, runner.given, np.int32(t), batch)[0]
         bad = not_finite(runner, new)
         if bad:
             return (
@@ -36,13 +36,13 @@ def locate_in_adjoint(runner: Runner, i: int, kept: Kept, cotangent: Cotangent) 
         at = t - runner.steps(i).start
         take = (lambda tree, at=at: jax.tree.map(lambda x: x[at], tree)) if loop else (lambda seq, at=at: seq[at])
         state, beside = take(kept.states), take(kept.beside)
-        total = zeros(runner.z, *queries)
-        pulled = runner.form.pull_one(runner.queries, total, cotangent, runner.z, np.int32(t), state, beside, batch)
+        total = zeros(runner.given.z, *queries)
+        pulled = runner.form.pull_one(runner.queries, total, cotangent, runner.given, np.int32(t), state, beside, batch)
         cotangent, finite = pulled.cotangent, np.asarray(pulled.finite)
         if not np.all(finite):
             leaves = floating_paths(state)
             bad = [leaves[j] for j in np.flatnonzero(~finite)]
-            after = runner.form.advance_one(state, runner.z, np.int32(t), batch)[0]
+            after = runner.form.advance_one(state, runner.given, np.int32(t), batch)[0]
             return f"the adjoint of step {t} made the cotangent of {names(bad)} non-finite. {_remedy(after)}"
     return f"a cotangent became non-finite between steps {runner.steps(i).start} and {runner.steps(i).stop}"
 

@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from metagradient import objectives
 from metagradient._train import train_many
 from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metagrad import value_and_metagrad
-from metagradient.metaparameters import canonical
-from metagradient.objectives import check_objective
+from metagradient.metaparameters import bare, canonical
 from metagradient.run import full_precision
 from metagradient.smoothness.directions import random_directions
 from metagradient.smoothness.measures import bootstrap, noise_scores, second_difference, sign_agreement
@@ -142,8 +142,8 @@ def parameters(state: PyTree) -> PyTree:
 
 def metasmoothness(
     training: Training,
+    objective: Objective | None,
     z: PyTree,
-    objective: Objective | None = None,
     *,
     directions: int | Mapping[str, Sequence[PyTree]] = 3,
     step: float | Sequence[float] = 0.1,
@@ -166,8 +166,8 @@ def metasmoothness(
 
     Arguments:
         training: the run.
+        objective: `(final state, z) -> scalar`, or None for Definition 2 alone.
         z: metaparameters at which to probe.
-        objective: `(final state, z) -> scalar`, or None.
         directions: number of random directions of each kind (see `random_directions`); or directions by kind, each
             like z.
         step: h, in units of z; or several. 0.1 suits data weights.
@@ -191,7 +191,7 @@ def metasmoothness(
     >>> def loss(params, batch, z):
     ...     return jnp.mean(z["weights"] * (batch["x"] @ params["w"] - 1) ** 2)
     >>> training = mg.Training.from_loss(loss, optax.sgd(0.1), {"w": jnp.zeros(16)}, batches)
-    >>> report = mg.metasmoothness(training, {"weights": mg.PerExample(jnp.ones(4))})
+    >>> report = mg.metasmoothness(training, None, {"weights": mg.PerExample(jnp.ones(4))})
     >>> report.row("normal").grade
     'smooth'
     """
@@ -202,7 +202,7 @@ def metasmoothness(
     if not floating(theta(state))[0]:
         raise StructureError("theta picks no floating leaf of the final state: there is nothing to watch")
     if objective is not None:
-        check_objective(objective, False, state, z)
+        objectives.Objective(objective).check(state, z)
     # A point is shared by all that need it: z by every direction, z + 2hv by the step size 2h.
     points: dict[_Point, PyTree] = {_ORIGIN: z}
     for kind, trees in chosen.items():
@@ -214,7 +214,9 @@ def metasmoothness(
         ends = {key: _end(theta(state), key) for key, state in zip(points, states, strict=True)}
         values = None
         if objective is not None:
-            values = {key: float(objective(state, at)) for (key, at), state in zip(points.items(), states, strict=True)}
+            values = {
+                key: float(objective(state, bare(at))) for (key, at), state in zip(points.items(), states, strict=True)
+            }
     rng = np.random.default_rng((seed, 3))
     rows = [_row(kind, len(trees), h, ends, values, rng) for kind, trees in chosen.items() for h in steps]
     finite, problem = (None, None) if objective is None else _finite(training, objective, z)

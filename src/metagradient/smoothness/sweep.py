@@ -15,6 +15,7 @@ import numpy as np
 from metagradient._train import train_many
 from metagradient.errors import ConfigError, NonFiniteError, StructureError
 from metagradient.files import append_text, write_text
+from metagradient.metaparameters import bare
 from metagradient.smoothness.probe import metasmoothness
 from metagradient.training import Training
 from metagradient.trees import PyTree
@@ -211,7 +212,7 @@ def _outcome(
     training = candidate.training(seed)
     zs = [candidate.z(rate) for rate in rates]
     states = train_many(training, zs, at_once=at_once)
-    losses = [float(candidate.objective(state, z)) for state, z in zip(states, zs, strict=True)]
+    losses = [float(candidate.objective(state, bare(z))) for state, z in zip(states, zs, strict=True)]
     finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
     named = {str(float(rate)): x if x < math.inf else None for rate, x in zip(rates, finite, strict=True)}
     near = [number for number, loss in enumerate(finite) if loss <= min(finite) + slack]
@@ -226,7 +227,7 @@ def _outcome(
     smoothness, gain, problems = None, None, []
     try:
         smoothness = metasmoothness(
-            training, z, candidate.objective, directions=candidate.directions(z, seed), step=step, at_once=at_once,
+            training, candidate.objective, z, directions=candidate.directions(z, seed), step=step, at_once=at_once,
             seed=seed,
         )  # fmt: skip
     except NonFiniteError as problem:

@@ -7,9 +7,10 @@ from time import perf_counter
 import jax
 import jax.numpy as jnp
 
-from metagradient.metaparameters import needs_index, slices
+from metagradient.given import Given
 from metagradient.step.feed import Feed
 from metagradient.step.programs import Programs
+from metagradient.step.rule import Choices, Rule
 from metagradient.step.runner import Runner
 from metagradient.step.segment import Segment
 from metagradient.trees import PyTree, floating
@@ -32,7 +33,7 @@ def default_length(steps: int) -> int:
     return min((n for n in near if steps % n == 0), key=lambda n: abs(n - target), default=target)
 
 
-def choose(programs: Programs, length: int | None, feed: Feed, z: PyTree, state: PyTree) -> Segment:
+def choose(programs: Programs, length: int | None, feed: Feed, given: Given, state: PyTree) -> Segment:
     """The fastest way to compile steps.
 
     Arguments:
@@ -42,9 +43,9 @@ def choose(programs: Programs, length: int | None, feed: Feed, z: PyTree, state:
     """
 
     def seconds(segment: Segment) -> float:
-        return _seconds(Runner(programs, segment, feed, z), state)
+        return _seconds(Runner(programs, segment, feed, given), state)
 
-    choices = programs.rule.choices(*first_step(feed, z, state))
+    choices = first_choices(programs.rule, feed, given, state)
     single = [Segment(1, "steps", choices.keep, unroll) for unroll in choices.unrolls]
     one = single[0] if len(single) == 1 else min(single, key=seconds)
     unroll = one.unroll_microbatches
@@ -53,7 +54,7 @@ def choose(programs: Programs, length: int | None, feed: Feed, z: PyTree, state:
     stepping = replace(one, length=length or 1)
     if tried == 1:
         return stepping
-    dispatch = _PROGRAMS_A_STEP * _dispatch_seconds(feed, z, state)
+    dispatch = _PROGRAMS_A_STEP * _dispatch_seconds(feed, given, state)
     if length is None and dispatch * steps < _SECONDS_A_METAGRADIENT:
         return stepping
     baseline = seconds(one)
@@ -67,13 +68,15 @@ def choose(programs: Programs, length: int | None, feed: Feed, z: PyTree, state:
     return written_out if seconds(written_out) < baseline else stepping
 
 
-def first_step(feed: Feed, z: PyTree, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-    """Shapes of what the first step takes: state, batch and its slice of z."""
+def first_choices(rule: Rule, feed: Feed, given: Given, state: PyTree) -> Choices:
+    """What may be chosen for the steps of a run: one trace of its first."""
+    found: list[Choices] = []
 
-    def seen(state: PyTree, batch: PyTree, z: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        return state, batch, slices(z, jnp.int32(0), batch["index"] if needs_index(z) else None)
+    def look(state: PyTree, given: Given, batch: PyTree) -> None:
+        found.append(rule.bound(given.args).choices(state, batch, given.seen(jnp.int32(0), batch)))
 
-    return jax.eval_shape(seen, state, feed.first, z)
+    jax.eval_shape(look, state, given, feed.first)
+    return found[0]
 
 
 def _seconds(runner: Runner, state: PyTree) -> float:
@@ -81,7 +84,7 @@ def _seconds(runner: Runner, state: PyTree) -> float:
 
     def once() -> None:
         kept, end = runner.keep(0, state)
-        cotangent, total = floating(state)[0], runner.programs.zeros(runner.z)
+        cotangent, total = floating(state)[0], runner.programs.zeros(runner.given.z)
         jax.block_until_ready((runner.pull(0, kept, cotangent, total), end()))
 
     once()
@@ -93,17 +96,17 @@ def _seconds(runner: Runner, state: PyTree) -> float:
     return min(times) / len(runner.steps(0))
 
 
-def _dispatch_seconds(feed: Feed, z: PyTree, state: PyTree) -> float:
+def _dispatch_seconds(feed: Feed, given: Given, state: PyTree) -> float:
     """Seconds that Python and the runtime take to start one program on a step's arguments."""
 
     @jax.jit
-    def nothing(state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
-        del batch, z
+    def nothing(state: PyTree, batch: PyTree, given: Given) -> PyTree:
+        del batch, given
         return state
 
     def once() -> float:
         start = perf_counter()
-        jax.block_until_ready(nothing(state, feed.first, z))
+        jax.block_until_ready(nothing(state, feed.first, given))
         return perf_counter() - start
 
     once()

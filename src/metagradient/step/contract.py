@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metagradient._jax import digest, lowered_precision, trace
+from metagradient._jax import Program, digest, lowered_precision, trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
-from metagradient.metaparameters import needs_index, slices
+from metagradient.given import Given
+from metagradient.metaparameters import check_concrete
 from metagradient.step.explain import explained
 from metagradient.step.programs import Programs, signature
 from metagradient.trees import PyTree, is_floating, mismatch, paths
@@ -19,34 +20,34 @@ class Contract:
 
     Arguments:
         programs: of the step; they remember the program that it first was.
-        state, batch, z: the first ones; z wrapped.
+        state, batch: the first ones.
+        given: what every step is given.
 
     Cost: a trace a call of `check` (two at the first of its kind) and of `recheck`.
     """
 
-    def __init__(self, programs: Programs, state: PyTree, batch: PyTree, z: PyTree, *, allow_low_precision: bool):
-        arguments, rule = _shapes((state, z, batch)), programs.rule
+    def __init__(self, programs: Programs, state: PyTree, batch: PyTree, given: Given, *, allow_low_precision: bool):
+        arguments, rule = _shapes((state, given, batch)), programs.rule
 
-        def first(function: Callable[..., Any]) -> Callable[..., Any]:
-            """A function `(state, batch, z_t)` at the first step."""
+        def first(method: str) -> Callable[..., Any]:
+            """A method `(state, batch, z_t)` of the step, at the first one."""
 
-            def called(state: PyTree, z: PyTree, batch: PyTree) -> Any:
-                index = batch["index"] if needs_index(z) else None
-                return function(state, batch, slices(z, jnp.int32(0), index))
+            def called(state: PyTree, given: Given, batch: PyTree) -> Any:
+                return getattr(rule.bound(given.args), method)(state, batch, given.seen(jnp.int32(0), batch))
 
             return called
 
         def step(*arguments: PyTree) -> PyTree:
-            return rule.advance(*arguments)[0]
+            return first("advance")(*arguments)[0]
 
         self._digests = programs.digests
         # A program is traced for the mesh in use, and says so.
         self._key = jax.sharding.get_abstract_mesh(), signature(arguments)
         self._state = arguments[0]
         self._allow_low_precision = allow_low_precision
-        self._trace: Callable[[], Any] = lambda: trace(first(step), *arguments)
-        self._adjoint: Callable[[], Any] = lambda: jax.eval_shape(first(rule.check_adjoint), *arguments)
-        self._explained = lambda: explained(*rule.calls, program=lambda: trace(first(rule.value), *arguments)[0])
+        self._trace: Callable[[], Any] = lambda: trace(step, *arguments)
+        self._adjoint: Callable[[], Any] = lambda: jax.eval_shape(first("check_adjoint"), *arguments)
+        self._explained = lambda: explained(*rule.calls, program=lambda: trace(first("value"), *arguments)[0])
 
     def check(self) -> None:
         """Raise `StructureError`, `PrecisionError` or `ImpureStepError` for a step that can't be replayed.
@@ -57,6 +58,8 @@ class Contract:
             raise StructureError("the initial state has no leaves: there is nothing to train")
         with self._explained():
             closed, after = self._trace()
+        for held in closed.consts:
+            check_concrete("an array that the step closes over", held)
         problem = mismatch(self._state, after)
         if problem:
             raise StructureError(f"the step must return a state like the one it got, but {problem}")
@@ -81,8 +84,13 @@ class Contract:
                 "new function for it"
             )
 
+    @property
+    def program(self) -> Program:
+        """Of the first step, traced: `(state, given, batch) -> state`."""
+        return self._trace()[0]
+
     def _retraced(self) -> str:
-        return digest(self._trace()[0])
+        return digest(self.program)
 
 
 def _shapes(tree: PyTree) -> PyTree:

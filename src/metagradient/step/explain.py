@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from metagradient._jax import Program, places
 from metagradient.errors import DerivativeError, MetagradientError, StructureError
-from metagradient.metaparameters import Shared, is_kind
+from metagradient.metaparameters import TRACED, Shared, is_kind
 from metagradient.trees import PyTree
 
 _READ = (
@@ -99,6 +99,13 @@ def _in_words(
             "if, range, np.asarray and shapes that depend on values do: values are only known once the compiled "
             f"program runs. Keep to jnp and lax in the {call.name} (jnp.where or lax.cond for if, lax.fori_loop for "
             "range, jnp.where(mask, x, 0) for x[mask])"
+        )
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return DerivativeError(f"the {call.name} holds what somebody around the run traces{_place(error)}. {TRACED}")
+    if isinstance(error, AttributeError) and error.name == "value" and isinstance(error.obj, jax.Array):
+        return StructureError(
+            f"the {call.name} asks for .value{_place(error)}: functions of yours see bare arrays, whatever their kinds "
+            "in z. Drop .value"
         )
     expression = _UNIMPLEMENTED if isinstance(error, NotImplementedError) else _UNDIFFERENTIABLE
     if expression.search(str(error)) and not _raised_by_user(error):

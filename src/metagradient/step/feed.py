@@ -2,17 +2,27 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metagradient._jax import Tracer
 from metagradient.errors import BatchError
+from metagradient.metaparameters import check_concrete
 from metagradient.step.programs import signature
 from metagradient.trees import PyTree, is_key, mismatch, paths
 
 _REMEDY = "take list(...) of it where it fits in memory, else a grain.MapDataset or a class with both methods"
+
+
+class Batches(Protocol):
+    """A random-access sequence of batches: the same pytree of arrays at every read of the same step."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, t: int, /) -> PyTree: ...
 
 
 def check_source(batches: Any) -> None:
@@ -36,7 +46,7 @@ def check_source(batches: Any) -> None:
 
 def array(x: Any) -> Any:
     """A leaf of a batch as the array that it is, or that numpy makes of it."""
-    return x if isinstance(x, jax.Array) or isinstance(getattr(x, "dtype", None), np.dtype) else np.asarray(x)
+    return x if isinstance(x, jax.Array | Tracer) or isinstance(getattr(x, "dtype", None), np.dtype) else np.asarray(x)
 
 
 def check_leaves(name: str, batch: PyTree) -> None:
@@ -67,7 +77,7 @@ class Feed:
 
     Arguments:
         batches: random-access sequence of pytrees of arrays.
-        indexed: whether each needs an `"index"`, as z has `PerExample` leaves.
+        indexed: whether each needs an `"index"`, as z has `PerExample` or `PerGroup` leaves.
         bound: what ids lie below, or None.
     """
 
@@ -81,7 +91,9 @@ class Feed:
     @cached_property
     def first(self) -> PyTree:
         """The first batch, to which all others are held."""
-        first = jax.tree.map(_copy, self._read(0))
+        first = self._read(0)
+        check_concrete("batches[0]", first)
+        first = jax.tree.map(_copy, first)
         check_leaves("batches[0]", first)
         if self.indexed:
             self._check_lengths(first)
@@ -142,7 +154,8 @@ class Feed:
         batch = jax.tree.map(array, self.batches[t])
         if self.indexed and not (isinstance(batch, dict) and "index" in batch):
             raise BatchError(
-                f'z has PerExample leaves, but batches[{t}] has no "index": add the ids of its examples as int[batch]'
+                f'z has PerExample or PerGroup leaves, but batches[{t}] has no "index": add the ids of its examples as '
+                "int[batch]"
             )
         return batch
 
@@ -153,8 +166,8 @@ class Feed:
         low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         if low < 0 or (self.bound is not None and high >= self.bound):
             raise BatchError(
-                f'batches[{t}]["index"] holds {low if low < 0 else high}, outside [0, {self.bound}) of the PerExample '
-                "leaves of z"
+                f'batches[{t}]["index"] holds {low if low < 0 else high}, outside [0, {self.bound}), the examples '
+                "that z covers (PerExample, PerGroup)"
             )
 
     @staticmethod

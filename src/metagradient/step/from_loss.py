@@ -24,7 +24,7 @@ from metagradient.step.adjoint import (
 )
 from metagradient.step.explain import Call, pair, value_of_loss
 from metagradient.step.optimizer import first_state, is_optimizer, optimizer_of, updated
-from metagradient.step.rule import Adjoint, Choices, Cotangent, Keep, Rule
+from metagradient.step.rule import Adjoint, Choices, Cotangent, Keep, Rule, with_args
 from metagradient.step.rules import Held
 from metagradient.trees import PyTree, add, floating, is_floating, paths
 
@@ -59,6 +59,7 @@ class LossStep:
             "linearisation" leaves the whole linearised gradient (its activations), so that only a tangent is left to
             do; not for micro-batches, nor for a loss with derivative rules of its own.
         unroll: write micro-batches one after the other instead of as a loop.
+        takes_args: whether the loss takes the run's constants, last.
     """
 
     loss: Callable[..., Any]
@@ -69,17 +70,24 @@ class LossStep:
     examples: Examples = None
     keep: Keep = "state"
     unroll: bool = False
+    takes_args: bool = False
 
-    def __call__(self, state: TrainState, batch: PyTree, z: PyTree) -> TrainState:
-        """`(state, batch, z_t) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
-        return self.advance(state, batch, wrapped(z))[0]
+    def __call__(self, state: TrainState, batch: PyTree, z: PyTree, args: PyTree = None) -> TrainState:
+        """`(state, batch, z_t, args) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
+        return self.bound(args).advance(state, batch, wrapped(z))[0]
+
+    def bound(self, args: PyTree) -> "LossStep":
+        """The step whose loss takes no constants of the run."""
+        if not self.takes_args:
+            return self
+        return replace(self, loss=with_args(self.loss, args), takes_args=False)
 
     @property
     def calls(self) -> tuple[Call, ...]:
         """The loss, and what makes an optimiser of z."""
         takes = ("params", "model_state") if self.has_model_state else ("params",)
         made = () if is_optimizer(self.optimizer) else (Call("optimizer", self.optimizer, ("z_t",)),)
-        return Call("loss", self.loss, (*takes, "batch", "z_t")), *made
+        return Call("loss", self.loss, (*takes, "batch", "z_t", *("args",) * self.takes_args)), *made
 
     def initial(self, params: PyTree, model_state: PyTree, z: PyTree) -> TrainState:
         """The state before the first step; `z` is the first step's slice, wrapped."""

@@ -1,14 +1,16 @@
 """Compiled programs of a step: they live as long as the objects that use them."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
 
 from metagradient._jax import compiled
 from metagradient.fingerprint import fingerprint, finite
+from metagradient.given import Given
 from metagradient.layout import spread
 from metagradient.step.rule import Rule
 from metagradient.step.segment import Segment, advance_many, advance_one, pull_many, pull_one
@@ -51,35 +53,38 @@ class Form:
 
     @cached_property
     def advance_one(self) -> Any:
-        """`(state, z, t, batch)`, see `segment.advance_one`."""
+        """`(state, given, t, batch)`, see `segment.advance_one`."""
         rule = self.rule
         return compiled(lambda *arguments: advance_one(rule, *arguments))
 
     @cached_property
     def advance_many(self) -> Callable[..., Any]:
-        """`(unroll, length, state, z, start, batches)`, see `segment.advance_many`."""
+        """`(unroll, length, state, given, start, batches)`, see `segment.advance_many`."""
         rule = self.rule
         return compiled(lambda *arguments: advance_many(rule, *arguments), static_argnums=(0, 1))
 
     @cached_property
     def advance_company(self) -> Callable[..., Any]:
-        """`(states, zs, t, batch)`: one step of several trainings, stacked, whose states are used up."""
+        """`(states, zs, given, t, batch)`: one step of several trainings, whose states, used up, and zs are stacked."""
         rule = self.rule
 
-        def advance(states: PyTree, zs: PyTree, t: jax.Array, batch: PyTree) -> PyTree:
-            return jax.vmap(lambda state, z: advance_one(rule, state, z, t, batch)[0])(states, zs)
+        def advance(states: PyTree, zs: PyTree, given: Given, t: jax.Array, batch: PyTree) -> PyTree:
+            def one(state: PyTree, z: PyTree) -> PyTree:
+                return advance_one(rule, state, replace(given, z=z), t, batch)[0]
+
+            return jax.vmap(one)(states, zs)
 
         return compiled(advance, donate_argnums=0)
 
     @cached_property
     def pull_one(self) -> Any:
-        """`(queries, total, cotangent, z, t, state, beside, batch)`, see `segment.pull_one`; `total` is used up."""
+        """`(queries, total, cotangent, given, t, state, beside, batch)`, see `segment.pull_one`; `total` is used up."""
         rule = self.rule
         return compiled(lambda *arguments: pull_one(rule, *arguments), static_argnums=0, donate_argnums=1)
 
     @cached_property
     def pull_many(self) -> Callable[..., Any]:
-        """`(unroll, queries, total, cotangent, z, start, kept)`, see `segment.pull_many`; `total` is used up."""
+        """`(unroll, queries, total, cotangent, given, start, kept)`, see `segment.pull_many`; `total` is used up."""
         rule = self.rule
         return compiled(lambda *arguments: pull_many(rule, *arguments), static_argnums=(0, 1), donate_argnums=2)
 
@@ -94,6 +99,7 @@ class Programs:
         digests: of the step's program as it first was, by signature.
         segments: how steps are compiled, chosen once, by signature.
         plans: schedules that were made for a budget, by signature and budget.
+        checked: what was already checked of each training: its batches and its step, and their derivatives.
     """
 
     def __init__(self, rule: Rule):
@@ -101,6 +107,7 @@ class Programs:
         self.digests: dict[Hashable, str] = {}
         self.segments: dict[Hashable, Segment] = {}
         self.plans: dict[Hashable, Any] = {}
+        self.checked: WeakKeyDictionary[Any, set[Hashable]] = WeakKeyDictionary()
         self._forms: dict[Hashable, Form] = {}
 
     def form(self, segment: Segment) -> Form:

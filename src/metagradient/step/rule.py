@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,10 @@ class Rule(Protocol):
         """The functions of the user's that it calls."""
         ...
 
+    def bound(self, args: PyTree) -> "Rule":
+        """The same step with constants of the run put in, if it takes some; the other methods are then that one's."""
+        ...
+
     def value(self, state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
         """What the first of them returns, undifferentiated."""
         ...
@@ -80,14 +84,24 @@ class Rule(Protocol):
         ...
 
 
+def with_args(function: Callable[..., Any], args: PyTree) -> Callable[..., Any]:
+    """A function of the user's whose last argument is the run's constants, without that argument."""
+    return lambda *arguments: function(*arguments, args)
+
+
 @dataclass(frozen=True)
 class WrittenStep:
     """A step that the user wrote by hand, differentiated whole by `jax.vjp` (reverse over reverse).
 
+    Arguments:
+        step: `(state, batch, z_t) -> state`.
+        takes_args: whether it takes the run's constants, last.
+
     Cost: exact, and slower and larger than `LossStep` where the step holds a gradient.
     """
 
-    step: Callable[[PyTree, PyTree, PyTree], PyTree]
+    step: Callable[..., PyTree]
+    takes_args: bool = False
 
     @property
     def keep(self) -> Keep:
@@ -97,7 +111,11 @@ class WrittenStep:
     @property
     def calls(self) -> tuple[Call, ...]:
         """The step itself."""
-        return (Call("step", self.step, ("state", "batch", "z_t")),)
+        return (Call("step", self.step, ("state", "batch", "z_t", *("args",) * self.takes_args)),)
+
+    def bound(self, args: PyTree) -> Rule:
+        """The step of three arguments."""
+        return WrittenStep(with_args(self.step, args)) if self.takes_args else self
 
     def value(self, state: PyTree, batch: PyTree, z: PyTree) -> PyTree:
         """The next state."""

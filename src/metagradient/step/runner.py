@@ -1,6 +1,6 @@
 """`Runner`: walks a training segment by segment."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from metagradient.errors import CompilerError
+from metagradient.given import Given
 from metagradient.step.feed import Feed
 from metagradient.step.programs import Form, Programs
 from metagradient.step.rule import Cotangent
@@ -27,7 +28,7 @@ class Runner:
         programs: those of the step.
         segment: how steps are compiled.
         feed: the batches.
-        z: wrapped metaparameters.
+        given: what every step is given.
         queries: whether cotangents have a leading axis of queries.
         begin: first step that is differentiated; segments are numbered from there, those before it negatively.
         hold_bytes: host memory for batches that were read, so that replays needn't read them again.
@@ -38,7 +39,7 @@ class Runner:
     programs: Programs
     segment: Segment
     feed: Feed
-    z: PyTree
+    given: Given
     queries: bool = False
     begin: int = 0
     hold_bytes: int = 0
@@ -98,9 +99,19 @@ class Runner:
         self.forward_steps += len(self.steps(i))
         if self.segment.loop == "steps":
             for t, batch in zip(self.steps(i), batches, strict=True):
-                state = self.form.advance_one(state, self.z, np.int32(t), batch)[0]
+                state = self.form.advance_one(state, self.given, np.int32(t), batch)[0]
             return state
         return self._many(i, state, batches)[0]
+
+    def pass_through(self, i: int, state: PyTree, at: Sequence[int]) -> tuple[list[tuple[int, PyTree]], PyTree]:
+        """`advance`, and the states before some of the segment's steps: (pairs of steps and states, the last)."""
+        if not at:
+            return [], self.advance(i, state)
+        kept, end = self.keep(i, state)
+        start = self.steps(i).start
+        if self.segment.loop == "steps":
+            return [(t, kept.states[t - start]) for t in at], end()
+        return [(t, jax.tree.map(lambda x, t=t: x[t - start], kept.states)) for t in at], end()
 
     def keep(self, i: int, state: PyTree) -> tuple[Kept, Callable[[], PyTree]]:
         """What the pull-back of segment i needs, and how to get the state at its end.
@@ -115,14 +126,14 @@ class Runner:
         states, beside = [], []
         for t, batch in zip(steps[:-1], batches[:-1], strict=True):
             states.append(state)
-            state, left = self.form.advance_one(state, self.z, np.int32(t), batch)
+            state, left = self.form.advance_one(state, self.given, np.int32(t), batch)
             beside.append(left)
         self.forward_steps += len(steps) - 1
         states.append(state)
 
         def last() -> tuple[PyTree, PyTree]:
             self.forward_steps += 1
-            return self.form.advance_one(states[-1], self.z, np.int32(steps[-1]), batches[-1])
+            return self.form.advance_one(states[-1], self.given, np.int32(steps[-1]), batches[-1])
 
         if self.form.rule.keep == "state":
             return Kept(states, [*beside, ()], batches), lambda: last()[0]
@@ -165,12 +176,12 @@ class Runner:
     def _pull(self, i: int, kept: Kept, cotangent: Cotangent, total: PyTree, queries: bool) -> Pulled:
         steps = self.steps(i)
         if self.segment.loop != "steps":
-            return self.form.pull_many(self._unroll, queries, total, cotangent, self.z, np.int32(steps.start), kept)
+            return self.form.pull_many(self._unroll, queries, total, cotangent, self.given, np.int32(steps.start), kept)
         pulled, asymmetries = None, []
         for t, *of in zip(
             reversed(steps), reversed(kept.states), reversed(kept.beside), reversed(kept.batches), strict=True
         ):
-            pulled = self.form.pull_one(queries, total, cotangent, self.z, np.int32(t), *of)
+            pulled = self.form.pull_one(queries, total, cotangent, self.given, np.int32(t), *of)
             cotangent, total = pulled.cotangent, pulled.total
             asymmetries.append(pulled.asymmetry)
         assert pulled is not None
@@ -182,4 +193,4 @@ class Runner:
 
     def _many(self, i: int, state: PyTree, batches: Any) -> tuple[PyTree, Any, Any]:
         steps = self.steps(i)
-        return self.form.advance_many(self._unroll, len(steps), state, self.z, np.int32(steps.start), batches)
+        return self.form.advance_many(self._unroll, len(steps), state, self.given, np.int32(steps.start), batches)

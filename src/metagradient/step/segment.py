@@ -10,7 +10,8 @@ from jax import lax
 
 from metagradient.errors import StructureError
 from metagradient.fingerprint import finite
-from metagradient.metaparameters import Shared, accumulate, is_kind, needs_index, slices
+from metagradient.given import Given, accumulate
+from metagradient.metaparameters import Shared, is_kind
 from metagradient.step.rule import Adjoint, Cotangent, Keep, Rule
 from metagradient.trees import PyTree, add, strong, zeros
 
@@ -48,6 +49,15 @@ class Segment:
             raise StructureError(f"loop is one of {get_args(Loop)}, keep one of {get_args(Keep)}: {self}")
 
 
+def check_segment(segment: Any) -> None:
+    """Raise `StructureError` for a `segment=` that is no `Segment`, number of steps, or None."""
+    whole = isinstance(segment, int) and not isinstance(segment, bool) and segment > 0
+    if segment is not None and not whole and not isinstance(segment, Segment):
+        raise StructureError(
+            f"segment is {segment!r}: give the steps of a segment, a whole number from 1, or mg.Segment(...)"
+        )
+
+
 SINGLE_STEPS = Segment(1, "steps", "state")
 """One program of one step: what needs no choice, for trainings that nobody differentiates."""
 
@@ -83,10 +93,6 @@ class Pulled:
     asymmetry: Any
 
 
-def _index(z: PyTree, batch: PyTree) -> Any:
-    return batch["index"] if needs_index(z) else None
-
-
 def _divide(z: PyTree) -> tuple[Any, Callable[[Any], PyTree]]:
     """The parts of a stacked slice of z that change from step to step, and how to rebuild the slice of one."""
     kinds, treedef = jax.tree.flatten(z, is_leaf=is_kind)
@@ -96,20 +102,21 @@ def _divide(z: PyTree) -> tuple[Any, Callable[[Any], PyTree]]:
     )
 
 
-def advance_one(rule: Rule, state: PyTree, z: PyTree, t: Any, batch: PyTree) -> tuple[PyTree, PyTree]:
+def advance_one(rule: Rule, state: PyTree, given: Given, t: Any, batch: PyTree) -> tuple[PyTree, PyTree]:
     """One step: `(next state, what it leaves for its adjoint)`."""
-    new, kept = rule.advance(state, batch, slices(z, t, _index(z, batch)))
+    new, kept = rule.bound(given.args).advance(state, batch, given.seen(t, batch))
     return strong(new), kept
 
 
 def advance_many(
-    rule: Rule, unroll: bool, length: int, state: PyTree, z: PyTree, start: Any, batches: PyTree
+    rule: Rule, unroll: bool, length: int, state: PyTree, given: Given, start: Any, batches: PyTree
 ) -> tuple[PyTree, Any, Any]:
     """`length` steps over stacked batches: the last state; all states before a step, and what those steps left.
 
     The one program that advances states, whether what it keeps is used or not.
     """
-    moving, whole = _divide(slices(z, start + jnp.arange(length), _index(z, batches)))
+    rule = rule.bound(given.args)
+    moving, whole = _divide(given.seen(start + jnp.arange(length), batches))
 
     def body(state: PyTree, x: Any) -> tuple[PyTree, Any]:
         batch, parts = x
@@ -143,10 +150,11 @@ def _pulled(
     return cotangent, ct_z, jnp.max(asymmetries)
 
 
-def _add(queries: bool, total: PyTree, cotangent: PyTree, t: jax.Array, index: jax.Array | None) -> PyTree:
+def _add(queries: bool, total: PyTree, cotangent: PyTree, given: Given, t: Any, batch: PyTree) -> PyTree:
+    at = t, given.index(batch), given.groups
     if queries:
-        return jax.vmap(accumulate, in_axes=(0, 0, None, None))(total, cotangent, t, index)
-    return accumulate(total, cotangent, t, index)
+        return jax.vmap(lambda total, cotangent: accumulate(total, cotangent, *at))(total, cotangent)
+    return accumulate(total, cotangent, *at)
 
 
 def pull_one(
@@ -154,16 +162,16 @@ def pull_one(
     queries: bool,
     total: PyTree,
     cotangent: Cotangent,
-    z: PyTree,
+    given: Given,
     t: Any,
     state: PyTree,
     beside: PyTree,
     batch: PyTree,
 ) -> Pulled:
     """Adjoint of one step. With `queries`, every cotangent has a leading axis of queries."""
-    index = _index(z, batch)
-    cotangent, ct_z, asymmetry = _pulled(rule, queries, state, beside, batch, slices(z, t, index), cotangent)
-    return Pulled(cotangent, _add(queries, total, ct_z, t, index), finite(cotangent), asymmetry)
+    rule, seen = rule.bound(given.args), given.seen(t, batch)
+    cotangent, ct_z, asymmetry = _pulled(rule, queries, state, beside, batch, seen, cotangent)
+    return Pulled(cotangent, _add(queries, total, ct_z, given, t, batch), finite(cotangent), asymmetry)
 
 
 def pull_many(
@@ -172,14 +180,14 @@ def pull_many(
     queries: bool,
     total: PyTree,
     cotangent: Cotangent,
-    z: PyTree,
+    given: Given,
     start: Any,
     kept: Kept,
 ) -> Pulled:
     """Adjoint of a segment, from last step to first; see `pull_one`."""
     length = jax.tree.leaves(kept.states)[0].shape[0]
-    t, index = start + jnp.arange(length), _index(z, kept.batches)
-    moving, whole = _divide(slices(z, t, index))
+    rule, t = rule.bound(given.args), start + jnp.arange(length)
+    moving, whole = _divide(given.seen(t, kept.batches))
 
     def body(carry: tuple[Cotangent, Any], x: Any) -> tuple[tuple[Cotangent, Any], Any]:
         cotangent, shared = carry
@@ -201,4 +209,6 @@ def pull_many(
         apart = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), apart)
     parts = [s if a is None else a for s, a in zip(shared, apart, strict=True)]
     ct_z = jax.tree.unflatten(jax.tree.structure(total, is_leaf=is_kind), parts)
-    return Pulled(cotangent, _add(queries, total, ct_z, t, index), finite(cotangent), jnp.max(asymmetries))
+    return Pulled(
+        cotangent, _add(queries, total, ct_z, given, t, kept.batches), finite(cotangent), jnp.max(asymmetries)
+    )

@@ -240,9 +240,9 @@ def project(pixels: PerExample, images: np.ndarray, inside: np.ndarray) -> PerEx
     return PerExample(value, rows=pixels.rows)
 
 
-def ascent(rate: optax.Schedule, momentum: float) -> optax.GradientTransformation:
-    """Steps up the sign of metagradients with momentum: every pixel moves by `rate`, in units of pixel values."""
-    return updates.ascent(optax.chain(updates.normalise(), optax.trace(momentum), updates.sign(rate)))
+def signs(rate: optax.Schedule, momentum: float) -> optax.GradientTransformation:
+    """Steps along the sign of metagradients with momentum: each pixel moves by `rate`, in units of pixel values."""
+    return optax.chain(updates.normalise(), optax.trace(momentum), updates.sign(rate))
 
 
 def _attack(task: Prepared, directory: RunDirectory) -> np.ndarray:
@@ -252,7 +252,6 @@ def _attack(task: Prepared, directory: RunDirectory) -> np.ndarray:
     of the last meta-step.
     """
     c, images = task.config, task.chosen.images
-    held_out = task.classifier.mean_loss(task.held_out)
 
     def training(seed: int) -> Training:
         return task.classifier.training(task.pool.images, task.pool.labels, seed)
@@ -261,11 +260,12 @@ def _attack(task: Prepared, directory: RunDirectory) -> np.ndarray:
         training if c.seeds else training(c.seed),
         task.classifier.mean_loss(task.target),
         {"pixels": PerExample(jnp.zeros_like(images), rows=task.rows)},
-        ascent(optax.linear_schedule(c.rate, c.final_rate, max(1, c.meta_steps - 1)), c.momentum),
+        signs(optax.linear_schedule(c.rate, c.final_rate, max(1, c.meta_steps - 1)), c.momentum),
         c.meta_steps,
         seeds=max(1, c.seeds),
         project=lambda z: {"pixels": project(z["pixels"], images, task.inside)},
-        held_out=lambda state, z: -held_out(state, z),
+        held_out=task.classifier.mean_loss(task.held_out),
+        maximise=True,
         seed=c.seed,
         out=directory.path,
         window=c.window,

@@ -34,7 +34,7 @@ _POINTS = 40
 
 def curves(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Losses on attacked and on held-out images, a meta-step each. The descent takes low for good, and noted minus."""
-    return [r["value"] for r in records], [-r["held_out"] for r in records]
+    return [r["value"] for r in records], [abs(r["held_out"]) for r in records]
 
 
 def drops(result: Mapping[str, float]) -> Table:

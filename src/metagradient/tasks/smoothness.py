@@ -202,14 +202,14 @@ class Bench:
             moved = PerExample(jnp.clip(z["pixels"].value, -chosen, 1 - chosen), rows)
             return {**z, "pixels": moved}
 
-        update = optax.chain(updates.ascent(updates.sign(c.gain_rate)), optax.stateless(only_pixels))
-        descent = descend(training, objective, z, update, c.gain_steps, project=in_range)
+        update = optax.chain(updates.sign(c.gain_rate), optax.stateless(only_pixels))
+        descent = descend(training, objective, z, update, c.gain_steps, project=in_range, maximise=True)
         list(descent)
         moved = descent.z["pixels"].value
         drawn = [rng.choice([-1.0, 1.0], moved.shape).astype(np.float32) for _ in range(_RANDOM_MOVES)]
         randomly = [in_range({**z, "pixels": PerExample(moved * signs, rows)}) for signs in drawn]
         zs = [descent.z, *randomly]
-        after, *others = (float(objective(s, z)) for s in train_many(training, zs, at_once=1))
+        after, *others = (float(objective(s, None)) for s in train_many(training, zs, at_once=1))
         return after - float(np.mean(others))
 
     def cut(self, name: str, outcome: Outcome) -> Cut:
@@ -225,7 +225,7 @@ class Bench:
         unit = g / jnp.linalg.norm(g)
         zs = [{**z, "weights": PerExample(z["weights"].value - a * unit)} for a in places]
         states = train_many(training, zs, at_once=1)
-        losses = [float(candidate.objective(state, z)) for state in states]
+        losses = [float(candidate.objective(state, None)) for state in states]
         return Cut(name, places.tolist(), losses, float(jnp.linalg.norm(g)))
 
 
