@@ -19,6 +19,7 @@ from metagradient.descent.journal import read_lines
 from metagradient.errors import ConfigError, DataError
 from metagradient.models import Decoder, checkpoints
 from metagradient.report.page import render
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks import less
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.finetuning import FineTuning, Tuner
@@ -90,9 +91,9 @@ def test_metagradients_through_a_tuning_are_those_of_the_unrolled_run(of: str, r
         start = started(tuned)
         ids = np.repeat(np.arange(12), np.arange(12) % 3)
         training = tuned.training(double, 3, rows=None if of == "weights" else ids)
-        training = mg.Training.from_loss(tuned._loss, tuned.optimizer, start, training.batches)
+        training = mg.Training.from_loss(tuned._loss, tuned.optimizer, start, training.batches, args=tuned.args)
         objective, at = tuned.mean_loss(double.take(np.arange(5))), 1
-        last, whole = (dict(double.take(rows).arrays, **tuned.beside) for rows in (np.arange(5), np.arange(12)))
+        last, whole = (double.take(rows).arrays for rows in (np.arange(5), np.arange(12)))
 
         def unrolled(z: jax.Array) -> jax.Array:
             params, moments = start, tuned.optimizer.init(start)
@@ -100,14 +101,14 @@ def test_metagradients_through_a_tuning_are_those_of_the_unrolled_run(of: str, r
                 batch = training.batches[t]
 
                 def loss(params: Any, batch: Any = batch, t: int = t) -> jax.Array:
-                    losses = tuned.losses(params, None, batch)
+                    losses = tuned.losses(params, None, batch, tuned.args)
                     if of == "weights":
                         return jnp.mean(z[batch["index"]] * losses)
-                    return jnp.mean(losses) + (z @ tuned.losses(params, None, whole) if t == at else 0)
+                    return jnp.mean(losses) + (z @ tuned.losses(params, None, whole, tuned.args) if t == at else 0)
 
                 updates, moments = tuned.optimizer.update(jax.grad(loss)(params), moments, params)
                 params = optax.apply_updates(params, updates)
-            return tuned.losses(params, None, last).mean()
+            return tuned.losses(params, None, last, tuned.args).mean()
 
         if of == "weights":
             weights = jnp.linspace(0.5, 1.5, 12)
@@ -116,7 +117,9 @@ def test_metagradients_through_a_tuning_are_those_of_the_unrolled_run(of: str, r
             found = mg.value_and_metagrad(training, objective)(z)[1]["weights"].value
         else:
             counts = {"counts": mg.PerExample(jnp.asarray(np.arange(12) % 3, jnp.float64))}
-            surrogate = mg.CountSurrogate(lambda counts: training, tuned.candidates(double), tuned.losses, at)
+            surrogate = mg.CountSurrogate(
+                lambda counts: training, tuned.candidates(double), tuned.losses, at, tuned.args
+            )
             expected = jax.jit(jax.grad(unrolled))(jnp.zeros(12))
             found = surrogate.evaluate(objective, counts)[0].grad["counts"].value
         scale = float(jnp.abs(expected).max())
@@ -129,8 +132,7 @@ def test_frozen_parameters_are_in_no_state_and_in_every_batch_by_reference(pool:
     training = tuned.training(pool, 0)
     shapes = {leaf.shape for leaf in jax.tree.leaves(training.initial({}))}
     assert (300, 12) not in shapes
-    batches = [training.batches[t]["untrained"]["embed_tokens"]["weight"] for t in (0, 3)]
-    assert all(x is tuned.start["embed_tokens"]["weight"] for x in batches)
+    assert training.args["embed_tokens"]["weight"] is tuned.start["embed_tokens"]["weight"]
 
 
 def test_scores_are_losses_and_what_greedy_decoding_says(pool: Encoded, tokenizer: Any):
@@ -186,6 +188,12 @@ def test_less_projects_gradients_and_adams_steps(recipe: FineTuning, pool: Encod
     tuned = tuner(recipe)
     ((state, _), (later, rate)) = less.warmed_up(tuned, pool, 0.7, 2, seed=0)
     assert int(later.step) == 2 * int(state.step) == 4
+    # Trained once, and the bits of a training of the first epoch alone.
+    rows = np.random.default_rng((0, 7)).choice(len(pool), round(0.7 * len(pool)), replace=False)
+    whole = Tuner(replace(recipe, steps=4), tuned.model, tuned.start).training(pool, 0, rows=rows)
+    alone = mg.train(replace(whole, batches=[whole.batches[t] for t in range(2)]), {}, segment=SINGLE_STEPS)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(a, b)
     assert rate > 0
     size = sum(leaf.size for leaf in jax.tree.leaves(later.params))
     random = np.random.default_rng((5, 8))
@@ -197,9 +205,9 @@ def test_less_projects_gradients_and_adams_steps(recipe: FineTuning, pool: Encod
     adam = later.opt_state[0]
     for by_adam in (False, True):
         found = less._projected(tuned, later, pool, 64, 5, by_adam=by_adam)
-        gradients = jax.jit(jax.grad(lambda p, b: tuned.losses(p, None, b)[0]))
+        gradients = jax.jit(jax.grad(lambda p, b: tuned.losses(p, None, b, tuned.args)[0]))
         for row in (0, 3):
-            batch = {**pool.take([row]).arrays, **tuned.beside}
+            batch = pool.take([row]).arrays
             gradient = flat(gradients(later.params, batch))
             if by_adam:
                 mean, square = 0.9 * flat(adam.mu) + 0.1 * gradient, 0.99 * flat(adam.nu) + 0.01 * gradient**2

@@ -222,12 +222,11 @@ def test_buckets_hold_every_conversation_once_at_its_own_length(tokenizer: Any, 
     pool, _ = read(shared_data("instructions") / "pool.jsonl", limit=150)
     encoded = encode(pool, tokenizer, TEMPLATES["plain"], 100)
     rows = np.arange(0, 150, 2)
-    batches = Buckets(encoded, 16, 32, rows, {"beside": "as it is"})
+    batches = Buckets(encoded, 16, 32, rows)
     seen = np.concatenate([batch["index"] for batch in batches])
     np.testing.assert_array_equal(np.sort(seen), rows)
     for batch in batches:
         length = batch["tokens"].shape[1]
-        assert batch["beside"] == "as it is"
         assert length in (32, 64, 96, 100)
         used = encoded.used[batch["index"]]
         assert used.max() <= length

@@ -291,7 +291,7 @@ def _walk(
 
 
 def _check_finite(grad: PyTree, run: Run, *, careful: bool) -> None:
-    for (path, _), good in zip(paths(grad), run.programs.finite(grad).tolist(), strict=True):
+    for (path, _), good in zip(paths(grad), run.programs.finite(jax.tree.leaves(grad)).tolist(), strict=True):
         if not good:
             if not careful:
                 raise NotFinite

@@ -129,7 +129,6 @@ class Buckets(Sequence[dict[str, Any]]):
         encoded: the conversations.
         batch, rows: as in `Encoded.buckets`.
         multiple: batches are as long as the next multiple of it: each length is compiled once.
-        beside: what every batch holds besides, by reference.
     """
 
     def __init__(
@@ -138,16 +137,15 @@ class Buckets(Sequence[dict[str, Any]]):
         batch: int,
         multiple: int,
         rows: np.ndarray | None = None,
-        beside: dict[str, Any] | None = None,
     ):
-        self._encoded, self._multiple, self._beside = encoded, multiple, beside or {}
+        self._encoded, self._multiple = encoded, multiple
         self._rows = encoded.buckets(batch, rows)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: Any) -> Any:
-        return {**self._encoded.bucket(self._rows[number], self._multiple), **self._beside}
+        return self._encoded.bucket(self._rows[number], self._multiple)
 
 
 def encode(instructions: Sequence[Instruction], tokenizer: Any, template: Template, length: int) -> Encoded:

@@ -228,8 +228,8 @@ def descend(
         out: directory of a journal; `metagradient.descent.journal` tells its files. Called again with the same one,
             `descend` goes on after the last meta-step that was done, wherever it was killed, and ends in the same bits.
             `steps`, `patience` and `keep` may differ from those that it was begun with. Whatever else differs is
-            refused by name: the programs of step, objective and `held_out`, T, the first and last batch, the initial state, z,
-            window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn. Batches in
+            refused by name: the programs of step, objective and `held_out`, T, the first and last batch, the initial
+            state, z, args, window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn. Batches in
             between are not compared.
         tensorboard: write event files to `out/tensorboard`; needs `pip install 'metagradient[tensorboard]'`.
         memory, schedule, segment, window, verify, progress: as in `value_and_metagrad`.

@@ -169,7 +169,7 @@ def _surrogate(task: Prepared) -> Any:
 
 def _features(task: Prepared, trials: Trials, seeds: Sequence[int]) -> np.ndarray:
     """What the rater goes by, of the models that CLIP-score filters score with."""
-    scorers = [[trials.scorer(seed, steps) for seed in seeds] for steps in task.config.score_steps]
+    scorers = list(zip(*(trials.scorers(seed, task.config.score_steps) for seed in seeds), strict=True))
     embeddings = [[(s.images, s.texts) for s in models] for models in scorers]
     targets = [task.trainer.embedded(s.state, task.target) for s in scorers[-1]]
     return features(task.pool, embeddings, targets, task.config.seed)

@@ -86,8 +86,10 @@ def _arms(
         return float(np.mean([f["recall"] for f in found]))
 
     def by_score(name: str, seeds: Sequence[int]) -> Candidate:
+        models = zip(*(trials.scorers(seed, c.score_steps) for seed in seeds), strict=True)
         means = {
-            steps: np.mean([trials.scorer(seed, steps).scores for seed in seeds], axis=0) for steps in c.score_steps
+            steps: np.mean([m.scores for m in of_seeds], axis=0)
+            for steps, of_seeds in zip(c.score_steps, models, strict=True)
         }
         settings = [
             (f"{name}: step {steps}, share {share:g}", highest(scores, share))

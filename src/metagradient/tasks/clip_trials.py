@@ -1,6 +1,7 @@
 """Trainings of a CLIP on parts of a pool, each done once and written down."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from metagradient._train import train
+from metagradient._train import states, train
 from metagradient.data.image_text import Pool
 from metagradient.descent.journal import whole_lines
 from metagradient.errors import DataError
@@ -19,7 +20,8 @@ from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.clip_training import PairTrainer, recalls, soft_rank, zero_shot
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.means import standard_error
-from metagradient.training import TrainState
+from metagradient.training import Training, TrainState
+from metagradient.trees import PyTree
 
 BASELINES = ("random", "rules", "duplicates", "score", "ensemble")
 """Arms that a filter must do better than."""
@@ -143,21 +145,26 @@ class Trials:
             append_text(self._path, json.dumps(row) + "\n")
         return {k: v for k, v in self._rows[what, seed].items() if isinstance(v, float)}
 
-    def scorer(self, seed: int, steps: int) -> Scorer:
-        """A model trained on the whole pool for so many steps.
+    def scorers(self, seed: int, steps: Sequence[int]) -> list[Scorer]:
+        """One model trained on the whole pool, after each of so many steps.
 
-        Cost: a training; remembered, but not written down.
+        Cost: a training for as many steps as the most; remembered, but not written down.
         """
-        if (seed, steps) not in self._scorers:
-            state = self._trained(Arm(np.arange(len(self._arrays["text"]))), seed, steps)
-            self._scorers[seed, steps] = Scorer(state, *self._trainer.embedded_arrays(state, self._arrays))
-        return self._scorers[seed, steps]
+        if any((seed, stop) not in self._scorers for stop in steps):
+            training, z = self._training(Arm(np.arange(len(self._arrays["text"]))), seed, max(steps))
+            for stop, state in states(training, z, every=math.gcd(*steps), segment=SINGLE_STEPS):
+                if stop in steps:
+                    self._scorers[seed, stop] = Scorer(state, *self._trainer.embedded_arrays(state, self._arrays))
+        return [self._scorers[seed, stop] for stop in steps]
 
-    def _trained(self, arm: Arm, seed: int, steps: int | None = None) -> TrainState:
+    def _trained(self, arm: Arm, seed: int) -> TrainState:
+        return train(*self._training(arm, seed), segment=SINGLE_STEPS)
+
+    def _training(self, arm: Arm, seed: int, steps: int | None = None) -> tuple[Training, PyTree]:
         n = len(self._arrays["text"])
         weights = jnp.ones(n) if arm.weights is None else jnp.asarray(arm.weights, jnp.float32)
         training = self._trainer.training(self._arrays, seed, rows=arm.rows, steps=steps)
-        return train(training, {"weights": PerExample(weights)}, segment=SINGLE_STEPS)
+        return training, {"weights": PerExample(weights)}
 
     def _measure(self, state: TrainState, on: Pool) -> dict[str, float]:
         images, texts = self._trainer.embedded(state, on)

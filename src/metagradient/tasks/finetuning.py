@@ -1,6 +1,6 @@
 """A language model's fine-tuning by configuration: what arms, baselines and descents over instructions share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,13 +17,11 @@ from metagradient.models.lora import LoRA
 from metagradient.objectives import MeanOver, mean_over
 from metagradient.step.programs import hold
 from metagradient.tasks.classifier import one_cycle
-from metagradient.training import Batches, Training, TrainState
+from metagradient.training import Training
 from metagradient.trees import PyTree
 
 MULTIPLE = 32
 """Batches that are walked once (candidates, evaluation) are padded to a multiple of so many tokens."""
-
-_UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +62,6 @@ class FineTuning:
         return one_cycle(self.steps, self.learning_rate, self.peak, self.start, self.end)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Batches that all hold some arrays besides, by reference.
-
-    That is how frozen parameters reach a step. A compiled step would have a copy of its own of whatever its loss closed
-    over, and a state is stored at every boundary; a batch's device arrays are passed to the one program as they are.
-
-    Arguments:
-        batches: a random-access sequence of dictionaries.
-        arrays: what each of them holds besides: device arrays.
-    """
-
-    batches: Batches
-    arrays: Mapping[str, PyTree]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, t: int) -> PyTree:
-        return {**self.batches[t], **self.arrays}
-
-
 @dataclass(frozen=True, eq=False)
 class Tuner:
     """A recipe for one model. Every training that one object makes runs the same compiled programs.
@@ -107,9 +83,9 @@ class Tuner:
         return LoRA(rank=r.lora_rank, alpha=r.lora_alpha, targets=r.lora_targets) if r.lora_rank else None
 
     @property
-    def beside(self) -> dict[str, PyTree]:
-        """What batches must hold besides conversations: the frozen parameters, or nothing."""
-        return {_UNTRAINED: self.start} if self.lora else {}
+    def args(self) -> PyTree:
+        """Constants of its trainings and losses: the frozen parameters, or None."""
+        return self.start if self.lora else None
 
     def initial(self, seed: int) -> PyTree:
         """Trained parameters at the start: adapters drawn from a seed, or the model's own."""
@@ -129,26 +105,25 @@ class Tuner:
         if count < r.batch:
             raise ConfigError(f"a training set of {count} conversations doesn't hold a batch of {r.batch}")
         batches = EpochBatches(data.arrays, batch=r.batch, steps=r.steps, seed=seed, rows=rows)
-        given = Beside(batches, self.beside) if self.lora else batches
-        training = Training.from_loss(self._loss, self.optimizer, self.initial(seed), given)
+        training = Training.from_loss(self._loss, self.optimizer, self.initial(seed), batches, args=self.args)
         hold(self, training.programs)
         return training
 
     def candidates(self, data: Encoded, rows: np.ndarray | None = None) -> Buckets:
         """Conversations once through, for `losses`: those at `rows`, or all."""
-        return Buckets(data, self.recipe.evaluation_batch, MULTIPLE, rows, self.beside)
+        return Buckets(data, self.recipe.evaluation_batch, MULTIPLE, rows)
 
-    def complete(self, params: PyTree, batch: PyTree) -> PyTree:
-        """All parameters of the model, from the trained ones and what the batch holds besides."""
-        return self.lora.attach(batch[_UNTRAINED], params) if self.lora else params
+    def complete(self, params: PyTree, args: PyTree) -> PyTree:
+        """All parameters of the model, from the trained ones and `args`."""
+        return self.lora.attach(args, params) if self.lora else params
 
     @cached_property
-    def losses(self) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-        """`(params, model_state, batch) -> [b]`: the mean loss over each conversation's learnt tokens."""
+    def losses(self) -> Callable[..., jax.Array]:
+        """`(params, model_state, batch, args) -> [b]`: the mean loss over each conversation's learnt tokens."""
 
-        def losses(params: PyTree, model_state: PyTree, batch: PyTree) -> jax.Array:
+        def losses(params: PyTree, model_state: PyTree, batch: PyTree, args: PyTree = None) -> jax.Array:
             del model_state
-            complete = self.complete(params, batch)
+            complete = self.complete(params, args)
             return self.model.token_losses(complete, batch["tokens"], batch["targets"], batch["weights"]).sum(-1)
 
         return losses
@@ -161,7 +136,7 @@ class Tuner:
 
     def mean_loss(self, data: Encoded) -> MeanOver:
         """The objective: a tuned model's mean loss on conversations, each counting the same."""
-        return mean_over(self.candidates(data), self._mean_loss)
+        return mean_over(self.candidates(data), self._mean_loss, args=self.args)
 
     def scores(self, params: PyTree, data: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """How well a tuned model knows the answers of conversations.
@@ -178,15 +153,15 @@ class Tuner:
         for batch in self.candidates(data):
             # The positions of learnt tokens come first in the order of falling weights; others have weight 0.
             at = np.argsort(-batch["weights"], axis=1, kind="stable")[:, :answers]
-            found = self._scored(params, {**batch, "at": at.astype(np.int32)})
+            found = self._scored(params, {**batch, "at": at.astype(np.int32)}, self.args)
             rows = batch["index"]
             losses[rows], shares[rows], exact[rows] = (np.asarray(x) for x in found)
         return losses, shares, exact
 
     @cached_property
-    def _scored(self) -> Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array, jax.Array]]:
-        def scored(params: PyTree, batch: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-            complete = self.complete(params, batch)
+    def _scored(self) -> Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, jax.Array, jax.Array]]:
+        def scored(params: PyTree, batch: PyTree, args: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+            complete = self.complete(params, args)
             logits = self.model.logits(complete, batch["tokens"], batch["at"])
             targets, weights = (jnp.take_along_axis(batch[name], batch["at"], 1) for name in ("targets", "weights"))
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -208,13 +183,13 @@ class Tuner:
         return lambda batch: jitted(self.start, batch)
 
     @cached_property
-    def _mean_loss(self) -> Callable[[TrainState, PyTree], jax.Array]:
-        return jax.jit(lambda state, batch: self.losses(state.params, None, batch).mean())
+    def _mean_loss(self) -> Callable[..., jax.Array]:
+        return lambda state, batch, args=None: self.losses(state.params, None, batch, args).mean()
 
     @cached_property
-    def _loss(self) -> Callable[[PyTree, PyTree, PyTree], jax.Array]:
-        def loss(params: PyTree, batch: PyTree, z: PyTree) -> jax.Array:
-            losses = self.losses(params, None, batch)
+    def _loss(self) -> Callable[..., jax.Array]:
+        def loss(params: PyTree, batch: PyTree, z: PyTree, args: PyTree = None) -> jax.Array:
+            losses = self.losses(params, None, batch, args)
             return jnp.mean(z["weights"] * losses if "weights" in z else losses)
 
         return loss

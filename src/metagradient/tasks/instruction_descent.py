@@ -16,7 +16,7 @@ from metagradient.descent.loop import descend
 from metagradient.descent.seeds import fresh_seed
 from metagradient.files import append_text
 from metagradient.metaparameters import PerExample
-from metagradient.step.segment import SINGLE_STEPS, Segment
+from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.directory import RunDirectory
 from metagradient.tasks.following import follow
 from metagradient.tasks.instruction_data import Prepared
@@ -64,8 +64,6 @@ def selected(config: InstructionSelection, task: Prepared, directory: RunDirecto
         held_out=task.tuner.mean_loss(task.held_out),
         seed=c.seed,
         out=directory.path,
-        # A compiled loop over steps would stack what every batch holds by reference.
-        segment=Segment(1, "steps", "gradient") if task.tuner.lora else None,
     )
     follow(descent, c.meta_steps, "loss on the target")
     assert descent.best is not None
@@ -116,6 +114,6 @@ def _surrogate(config: InstructionSelection, task: Prepared) -> Any:
     def surrogate(seed: int) -> CountSurrogate:
         drawn = np.random.default_rng((seed, 5)).choice(n, count, replace=False)
         candidates = tuner.candidates(task.pool, drawn)
-        return CountSurrogate(lambda counts: training(counts, seed), candidates, tuner.losses, at(config))
+        return CountSurrogate(lambda counts: training(counts, seed), candidates, tuner.losses, at(config), tuner.args)
 
     return surrogate

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from metagradient._jax import compiled
-from metagradient._train import train
+from metagradient._train import states
 from metagradient.data.chat import Buckets, Encoded
 from metagradient.step.segment import SINGLE_STEPS
 from metagradient.tasks.finetuning import MULTIPLE, Tuner
@@ -34,7 +34,7 @@ _AT_ONCE = 16
 def warmed_up(tuner: Tuner, pool: Encoded, share: float, epochs: int, seed: int) -> list[tuple[TrainState, float]]:
     """A warm-up run on a random share of the pool: its state at the end of every epoch, and that epoch's mean rate.
 
-    Cost: `epochs` (`epochs` + 1) / 2 times the steps of an epoch.
+    Cost: the steps of `epochs` epochs.
     """
     count = max(tuner.recipe.batch, round(share * len(pool)))
     rows = np.random.default_rng((seed, 7)).choice(len(pool), min(count, len(pool)), replace=False)
@@ -42,12 +42,8 @@ def warmed_up(tuner: Tuner, pool: Encoded, share: float, epochs: int, seed: int)
     recipe = replace(tuner.recipe, steps=epochs * an_epoch)
     warming = Tuner(recipe, tuner.model, tuner.start)
     training, rates = warming.training(pool, seed, rows=rows), recipe.rates().reshape(epochs, an_epoch).mean(1)
-    found = []
-    for epoch in range(epochs):
-        steps = range((epoch + 1) * an_epoch)
-        state = train(replace(training, batches=[training.batches[t] for t in steps]), {}, segment=SINGLE_STEPS)
-        found.append((state, float(rates[epoch])))
-    return found
+    on_the_way = states(training, {}, every=an_epoch, segment=SINGLE_STEPS)
+    return [(state, float(rate)) for (_, state), rate in zip(on_the_way, rates, strict=True)]
 
 
 def scores(
@@ -90,10 +86,9 @@ def _projected(
     found = np.empty((len(data), dimension), np.float32)
     moments = _moments(state) if by_adam else None
     sketch = compiled(partial(_sketched, tuner), static_argnames="dimension")
-    for batch in Buckets(data, _AT_ONCE, MULTIPLE, None, tuner.beside):
+    for batch in Buckets(data, _AT_ONCE, MULTIPLE):
         given = {name: batch[name] for name in ("tokens", "targets", "weights")}
-        beside = {name: batch[name] for name in tuner.beside}
-        found[batch["index"]] = sketch(state.params, moments, given, beside, places, signs, dimension=dimension)
+        found[batch["index"]] = sketch(state.params, moments, given, tuner.args, places, signs, dimension=dimension)
     return found
 
 
@@ -112,14 +107,14 @@ def _sketched(
     params: PyTree,
     moments: tuple[PyTree, PyTree] | None,
     batch: PyTree,
-    beside: PyTree,
+    args: PyTree,
     places: jax.Array,
     signs: jax.Array,
     dimension: int,
 ) -> jax.Array:
     def one(example: PyTree) -> jax.Array:
-        alone = {**jax.tree.map(lambda x: x[None], example), **beside}
-        gradient = jax.grad(lambda p: tuner.losses(p, None, alone).sum())(params)
+        alone = jax.tree.map(lambda x: x[None], example)
+        gradient = jax.grad(lambda p: tuner.losses(p, None, alone, args).sum())(params)
         if moments is not None:
             gradient = jax.tree.map(partial(_adam_step, tuner), gradient, *moments)
         flat = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(gradient)])
