@@ -19,6 +19,7 @@ from metagradient.metaparameters import canonical
 from metagradient.replay.budget import Memory
 from metagradient.replay.schedule import Schedule
 from metagradient.run import Run, full_precision
+from metagradient.shown import Shown
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, paths
@@ -30,8 +31,8 @@ _ROUNDING = 1e-6
 _NOTHING, _NOTHING_IN_SINGLE = 1e-10, 1e-5
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Shown):
     """What `check` found; printable, and plain data through `to_dict`.
 
     Arguments:

@@ -21,6 +21,7 @@ from metagradient.replay.schedule import Schedule, simulate
 from metagradient.replay.store import Stores
 from metagradient.replay.watch import NotFinite, Watch
 from metagradient.run import Run, full_precision
+from metagradient.shown import Shown
 from metagradient.step.rule import Cotangent
 from metagradient.step.segment import Segment, check_segment
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths, zeros
@@ -30,8 +31,8 @@ _SHARE_FOR_BATCHES = 16
 _ADJOINT_IN_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Stats:
+@dataclass(frozen=True, repr=False)
+class Stats(Shown):
     """What one metagradient took.
 
     Arguments:
@@ -65,8 +66,8 @@ class Stats:
         return {**asdict(self), "schedule": repr(self.schedule)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Replay:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Replay(Shown):
     """How a run is differentiated: the `adjoint=` of `train`, and the options of `value_and_metagrad`.
 
     Arguments:
@@ -108,6 +109,11 @@ class Replay:
         check_segment(self.segment)
         if self.stats is not None and not callable(self.stats):
             raise StructureError(f"stats is a function that is called with the run's Stats, not {self.stats!r:.80}")
+
+    def shown(self) -> dict[str, Any]:
+        """The options that were given."""
+        default = Replay()
+        return {name: x for name, x in super().shown().items() if x != getattr(default, name)}
 
     def chosen(self, run: Run) -> tuple[Segment, Schedule | None]:
         """How to compile a run's steps, and the schedule where a budget or the user decides it."""

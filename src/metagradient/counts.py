@@ -20,8 +20,9 @@ from metagradient.metaparameters import PerExample, PerGroup, bare, canonical, i
 from metagradient.replay.budget import Memory
 from metagradient.replay.schedule import Schedule
 from metagradient.run import full_precision
+from metagradient.shown import Shown
 from metagradient.start import arrays
-from metagradient.step.feed import Feed
+from metagradient.step.feed import Feed, shown_batches
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import is_optimizer
 from metagradient.step.programs import shared
@@ -30,8 +31,8 @@ from metagradient.training import Batches, Training
 from metagradient.trees import PyTree, zeros
 
 
-@dataclass(frozen=True, eq=False)
-class CountSurrogate:
+@dataclass(frozen=True, eq=False, repr=False)
+class CountSurrogate(Shown):
     r"""A run on a data set made by counts, and its gradient in them.
 
     Counts are whole numbers $c_i \ge 0$: candidate i is in the data set $c_i$ times. The surrogate adds every
@@ -71,6 +72,15 @@ class CountSurrogate:
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", arrays("args", self.args))
         object.__setattr__(self, "programs", shared(_Slopes, (self.losses, self.args is not None)))
+
+    def shown(self) -> dict[str, Any]:
+        """The run, the pool, and the step."""
+        return {
+            "training": self.training,
+            "candidates": shown_batches(self.candidates),
+            "losses": self.losses,
+            "at": self.at,
+        }
 
     def evaluate(
         self,

@@ -16,13 +16,14 @@ from metagradient.objectives import Ended, Objective
 from metagradient.replay.budget import Memory
 from metagradient.replay.schedule import Schedule
 from metagradient.run import Run, full_precision
+from metagradient.shown import Shown
 from metagradient.step.segment import Segment
 from metagradient.training import Training, check_training
 from metagradient.trees import PyTree
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """One metagradient.
 
     Arguments:
@@ -40,7 +41,7 @@ class Evaluation:
     aux: PyTree = None
 
 
-class Metagradient:
+class Metagradient(Shown):
     """A function `z -> (value, gradient)`; made by `value_and_metagrad`, whose arguments are described there.
 
     Attributes:
@@ -64,6 +65,10 @@ class Metagradient:
         self.options = options
         self._objective = Objective(objective, vector=vector, has_aux=has_aux)
         self.programs = self._objective.programs
+
+    def shown(self) -> dict[str, Any]:
+        """The run, the objective, and the options that were given."""
+        return {"training": self.training, "objective": self.objective, **self.options.shown()}
 
     def __call__(self, z: PyTree) -> tuple[Any, PyTree]:
         """Value of the objective (with `has_aux`, value and aux), and its gradient in the structure of z."""

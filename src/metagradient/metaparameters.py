@@ -14,8 +14,10 @@ import numpy as np
 
 from metagradient._jax import Tracer
 from metagradient.errors import DerivativeError, StructureError
+from metagradient.shown import Shown, brief
 from metagradient.trees import PyTree, is_floating, strong
 
+ORDER = "arguments come in the order training, objective, z"
 TRACED = (
     "To differentiate it, call jax.grad(lambda z: objective(mg.train(training, z, adjoint=mg.Replay()))): a gradient "
     "comes back through z alone, so what it should reach goes into z, not into args, init, batches or a closure. "
@@ -24,12 +26,18 @@ TRACED = (
 )
 
 
-@dataclass(frozen=True)
-class _Kind:
+@dataclass(frozen=True, repr=False)
+class _Kind(Shown):
     value: Any
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "value", _listed(self.value, type(self).__name__))
+
+    def __repr__(self) -> str:
+        covers = "".join(
+            f", {name}={brief(x)}" for name, x in self.shown().items() if name != "value" and x is not None
+        )
+        return f"{type(self).__name__}({brief(self.value)}{covers})"
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         return ((jax.tree_util.GetAttrKey("value"), self.value),), None
@@ -58,7 +66,7 @@ def _listed(value: Any, kind: str) -> Any:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shared(_Kind):
     """A metaparameter that every step sees whole: a weight decay, another network's parameters.
 
@@ -72,7 +80,7 @@ class Shared(_Kind):
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerStep(_Kind):
     """One entry a training step: step `t` sees `value[t]`. Learning rates, momenta.
 
@@ -107,7 +115,7 @@ class _Rows:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class PerExample(_Kind):
     """One entry a training example: a step sees the rows of its `batch["index"]`. Data weights, pixels.
 
@@ -136,6 +144,10 @@ class PerExample(_Kind):
             raise StructureError(
                 f"PerExample value has shape {value.shape}, expected {self._rows.ids.size} rows, one for each of `rows`"
             )
+
+    def shown(self) -> dict[str, Any]:
+        """Its value, and the examples that it covers."""
+        return {"value": self.value, "rows": self.rows}
 
     @property
     def rows(self) -> np.ndarray | None:
@@ -224,6 +236,10 @@ class PerGroup(_Kind):
         if hasattr(value, "shape"):
             self.check(value)
 
+    def shown(self) -> dict[str, Any]:
+        """Its value, and the examples' groups."""
+        return {"value": self.value, "groups": self.groups}
+
     @property
     def groups(self) -> np.ndarray | None:
         """The group of every example, int[n]; None inside the engine, which holds them elsewhere."""
@@ -277,6 +293,8 @@ def canonical(z: PyTree, *, traced: bool = False) -> PyTree:
 
     def convert(path: Any, leaf: Any) -> jax.Array:
         name = f"z{jax.tree_util.keystr(path)}"
+        if callable(leaf) and not path:
+            raise StructureError(f"z is a function: {ORDER}")
         try:
             leaf = strong(leaf)
         except (TypeError, ValueError, OverflowError) as error:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from metagradient._jax import Tracer, compiled, convolves, trace
 from metagradient.errors import DerivativeError, StructureError
 from metagradient.examples import Examples, checked, holds_examples
-from metagradient.metaparameters import bare, check_concrete
+from metagradient.metaparameters import ORDER, bare, check_concrete
+from metagradient.shown import Shown
 from metagradient.start import arrays
 from metagradient.step.explain import Call, explained
-from metagradient.step.feed import Batches, array, check_leaves, check_source
+from metagradient.step.feed import Batches, array, check_leaves, check_source, shown_batches
 from metagradient.step.programs import shared, signature
 from metagradient.step.rule import Cotangent
 from metagradient.step.segment import over_queries
@@ -28,8 +29,8 @@ _TAKEN = jax.make_user_context("walked")
 _CALLED: ContextVar[list["MeanOver"] | None] = ContextVar("_CALLED", default=None)
 
 
-@dataclass(frozen=True, eq=False)
-class MeanOver:
+@dataclass(frozen=True, eq=False, repr=False)
+class MeanOver(Shown):
     """A mean over a validation set that is walked in batches; made by `mean_over`."""
 
     batches: Batches
@@ -40,6 +41,11 @@ class MeanOver:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "programs", shared(_MeanPrograms, (self.loss, self.args is not None)))
+
+    def shown(self) -> dict[str, Any]:
+        """The set and the loss."""
+        given = {} if self.args is None else {"args": self.args}
+        return {"batches": shown_batches(self.batches), "loss": self.loss, **given}
 
     def __call__(self, state: PyTree, z: PyTree = None) -> jax.Array:
         """The mean at a final state: a scalar, or a vector where the loss is one.
@@ -261,6 +267,8 @@ class Objective:
     """
 
     def __init__(self, function: Callable[[PyTree, PyTree], Any], *, vector: bool = False, has_aux: bool = False):
+        if not callable(function):
+            raise StructureError(f"objective is {function!r:.80}, not a function (state, z) -> scalar: {ORDER}")
         self.function, self.vector, self.has_aux = function, vector, has_aux
         self.programs: Any = function.programs if isinstance(function, MeanOver) else shared(_Programs, function)
         self._walks: dict[Any, bool] = {}

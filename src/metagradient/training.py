@@ -10,10 +10,11 @@ import optax
 from metagradient.errors import StructureError
 from metagradient.examples import checked
 from metagradient.given import Given
-from metagradient.metaparameters import bare
+from metagradient.metaparameters import ORDER, bare
+from metagradient.shown import Shown
 from metagradient.start import arrays, check_parameters, is_function, started
 from metagradient.step.explain import pair
-from metagradient.step.feed import Batches, check_source
+from metagradient.step.feed import Batches, check_source, shown_batches
 from metagradient.step.from_loss import LossStep, TrainState
 from metagradient.step.optimizer import check_optimizer, is_optimizer
 from metagradient.step.programs import Programs, programs_of
@@ -23,8 +24,8 @@ from metagradient.trees import PyTree
 __all__ = ["Batches", "TrainState", "Training"]
 
 
-@dataclass(frozen=True, eq=False)
-class Training:
+@dataclass(frozen=True, eq=False, repr=False)
+class Training(Shown):
     """A training run: where it starts, how it steps, and on what.
 
     Arguments:
@@ -139,6 +140,15 @@ class Training:
             start(None) if fixed else _Start(start), step, batches, args, allow_low_precision=allow_low_precision
         )
 
+    def shown(self) -> dict[str, Any]:
+        """Its steps, and what they take."""
+        return {
+            "init": self.init,
+            "step": self.step,
+            "batches": shown_batches(self.batches),
+            **({} if self.args is None else {"args": self.args}),
+        }
+
     @property
     def rule(self) -> Rule:
         """The step together with its adjoint."""
@@ -169,8 +179,4 @@ def check_training(training: Any) -> None:
     """Raise `StructureError` for what is no `Training`."""
     if isinstance(training, Training):
         return
-    swapped = ": training and objective are swapped" if callable(training) else ""
-    raise StructureError(
-        f"training is a {type(training).__name__}, not an mg.Training{swapped}. Arguments come in the order training, "
-        "objective, z"
-    )
+    raise StructureError(f"training is a {type(training).__name__}, not an mg.Training: {ORDER}")

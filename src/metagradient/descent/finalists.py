@@ -7,11 +7,12 @@ import numpy as np
 
 from metagradient.descent.gradients import Gradients
 from metagradient.errors import ConfigError
+from metagradient.shown import Shown
 from metagradient.trees import PyTree
 
 
-@dataclass(frozen=True)
-class Finalist:
+@dataclass(frozen=True, repr=False)
+class Finalist(Shown):
     """A candidate, tried on fresh seeds.
 
     Arguments:

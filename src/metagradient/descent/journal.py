@@ -24,14 +24,15 @@ from safetensors.numpy import save_file
 from metagradient.errors import ConfigError, StoreError
 from metagradient.files import append_text, replace_file, write_text
 from metagradient.metaparameters import PerExample, PerGroup, is_kind
+from metagradient.shown import Shown
 from metagradient.step.segment import Segment
 from metagradient.trees import PyTree, is_key, paths
 
 RECORDS, TIMINGS, STATE = "records.jsonl", "timings.jsonl", "descent.safetensors"
 
 
-@dataclass(frozen=True)
-class Best:
+@dataclass(frozen=True, repr=False)
+class Best(Shown):
     """The best metaparameters so far.
 
     Arguments:

@@ -23,6 +23,7 @@ from metagradient.errors import ConfigError, NonFiniteError, StructureError
 from metagradient.metaparameters import canonical
 from metagradient.replay.budget import Memory
 from metagradient.replay.schedule import Schedule
+from metagradient.shown import Shown, Words
 from metagradient.step.segment import Segment
 from metagradient.training import Training
 from metagradient.trees import PyTree, mismatch, paths, strong
@@ -30,8 +31,8 @@ from metagradient.trees import PyTree, mismatch, paths, strong
 __all__ = ["Best", "Descent", "Finalist", "MetaStep", "SeedRecord", "descend", "fresh_seed", "inner_seed"]
 
 
-@dataclass(frozen=True)
-class MetaStep:
+@dataclass(frozen=True, repr=False)
+class MetaStep(Shown):
     """What one meta-step did. All of it was measured at `z`; `next_z` is for the next meta-step to measure.
 
     Arguments:
@@ -71,7 +72,7 @@ class MetaStep:
         return {"step": self.step, **figures, "training_runs": self.training_runs}
 
 
-class Descent(Iterator[MetaStep]):
+class Descent(Iterator[MetaStep], Shown):
     """A metagradient descent under way; made by `descend`. Iterating over it takes its meta-steps, one at a time."""
 
     def __init__(
@@ -93,6 +94,15 @@ class Descent(Iterator[MetaStep]):
         self._journal = journal
         self._board = board
         self._kept = kept
+
+    def shown(self) -> dict[str, Any]:
+        """Where it stands."""
+        best = self.best
+        return {
+            "step": Words(f"{self.step} of {self._steps}"),
+            "best": Words(f"{best.score:.6g} at meta-step {best.step}") if best else None,
+            "z": self.z,
+        }
 
     @property
     def step(self) -> int:
@@ -229,8 +239,8 @@ def descend(
             `descend` goes on after the last meta-step that was done, wherever it was killed, and ends in the same bits.
             `steps`, `patience` and `keep` may differ from those that it was begun with. Whatever else differs is
             refused by name: the programs of step, objective and `held_out`, T, the first and last batch, the initial
-            state, z, args, window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn. Batches in
-            between are not compared.
+            state, z, args, window, segment, seeds, JAX's version; of `seed -> Training`, those of the first one drawn.
+            Batches in between are not compared.
         tensorboard: write event files to `out/tensorboard`; needs `pip install 'metagradient[tensorboard]'`.
         memory, schedule, segment, window, verify, progress: as in `value_and_metagrad`.
 

@@ -15,13 +15,14 @@ from metagradient.replay.hierarchy import Level, Problem, reversal
 from metagradient.replay.price import Estimate, price
 from metagradient.replay.schedule import TIERS, Action, Binomial, KeepAll, Schedule, Tier, TwoLevel
 from metagradient.replay.search import Search, default_lengths
+from metagradient.shown import Shown
 from metagradient.step.segment import Loop, Segment
 
 _WIDTH = 118
 
 
-@dataclass(frozen=True, slots=True)
-class Plan(Schedule):
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(Schedule, Shown):
     """A schedule made for one run and one budget; printable.
 
     Arguments:

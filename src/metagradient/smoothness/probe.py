@@ -19,6 +19,7 @@ from metagradient.errors import NonFiniteError, StructureError
 from metagradient.metagrad import value_and_metagrad
 from metagradient.metaparameters import bare, canonical
 from metagradient.run import full_precision
+from metagradient.shown import Shown
 from metagradient.smoothness.directions import random_directions
 from metagradient.smoothness.measures import bootstrap, noise_scores, second_difference, sign_agreement
 from metagradient.training import Training, TrainState
@@ -69,8 +70,8 @@ class Row:
         return "smooth" if self.score >= _SMOOTH else "partly smooth" if self.score >= _PARTLY else "rough"
 
 
-@dataclass(frozen=True)
-class Smoothness:
+@dataclass(frozen=True, repr=False)
+class Smoothness(Shown):
     """What `metasmoothness` found; printable, and plain data through `to_dict`.
 
     Arguments:

@@ -218,7 +218,11 @@ def value_of_loss(found: Any, per_example: bool) -> Any:
     if per_example != (len(shape) == 1):
         raise StructureError(
             f"loss returned shape {shape}, expected "
-            + ("one loss an example, a vector (per_example=True)" if per_example else "a scalar")
+            + (
+                "one loss an example, a vector (per_example=True)"
+                if per_example
+                else "a scalar (per_example=True takes one loss an example)"
+            )
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise StructureError(f"loss returned {dtype}: a loss must be floating to have a gradient")

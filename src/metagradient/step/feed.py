@@ -11,6 +11,7 @@ import numpy as np
 from metagradient._jax import Tracer
 from metagradient.errors import BatchError
 from metagradient.metaparameters import check_concrete
+from metagradient.shown import Words, brief
 from metagradient.step.programs import signature
 from metagradient.trees import PyTree, is_key, mismatch, paths
 
@@ -42,6 +43,13 @@ def check_source(batches: Any) -> None:
             f"batches is a {type(batches).__name__} without {' and '.join(missing)}, but replays read it again in any "
             f"order: {_REMEDY}"
         )
+
+
+def shown_batches(batches: Any) -> Words:
+    """A source of batches in words; none is read that isn't in memory."""
+    listed = isinstance(batches, list | tuple) and batches
+    of = f"of {brief(batches[0])}" if listed else f"in a {type(batches).__name__}"
+    return Words(f"{len(batches)} {of}" if hasattr(batches, "__len__") else of)
 
 
 def array(x: Any) -> Any:

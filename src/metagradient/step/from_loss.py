@@ -14,6 +14,7 @@ from metagradient.errors import DerivativeError, StructureError
 from metagradient.examples import Examples, holds_examples
 from metagradient.layout import nothing, placed, returned, shares, spread
 from metagradient.metaparameters import PerExample, bare, is_kind, wrapped
+from metagradient.shown import Shown
 from metagradient.step.adjoint import (
     Loss,
     PullBack,
@@ -30,8 +31,8 @@ from metagradient.trees import PyTree, add, floating, is_floating, paths
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
+@dataclass(frozen=True, repr=False)
+class TrainState(Shown):
     """Everything that evolves in a run built by `Training.from_loss`.
 
     Arguments:
@@ -47,8 +48,8 @@ class TrainState:
     step: jax.Array
 
 
-@dataclass(frozen=True)
-class LossStep:
+@dataclass(frozen=True, repr=False)
+class LossStep(Shown):
     """The step of `Training.from_loss`. Its arguments are described there.
 
     Arguments:
@@ -71,6 +72,10 @@ class LossStep:
     keep: Keep = "state"
     unroll: bool = False
     takes_args: bool = False
+
+    def shown(self) -> dict[str, Any]:
+        """What makes it."""
+        return {"loss": self.loss, "optimizer": self.optimizer}
 
     def __call__(self, state: TrainState, batch: PyTree, z: PyTree, args: PyTree = None) -> TrainState:
         """`(state, batch, z_t, args) -> state`, as a hand-written step; with micro-batches, `z_t` must be wrapped."""
