@@ -9,6 +9,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+FRAMEWORKS = sorted(path.stem for path in (EXAMPLES / "frameworks").glob("*.py") if path.stem != "digits")
+
+
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec
@@ -30,3 +33,10 @@ def test_example_weights_find_flipped_labels():
 def test_hand_written_step_agrees_with_finite_differences():
     metagradient, differences = load("hand_written_step").main()
     assert metagradient == pytest.approx(differences, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_frameworks_find_flipped_labels(name, monkeypatch):
+    """A fifth of the labels are wrong: of the most harmful examples, more than twice as many."""
+    monkeypatch.syspath_prepend(EXAMPLES / "frameworks")
+    assert load(f"frameworks/{name}").main() > 0.45

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metagradient._jax import Tracer, compiled, convolves, trace
+from metagradient._jax import Program, Tracer, compiled, convolves, trace
 from metagradient.errors import DerivativeError, StructureError
 from metagradient.examples import Examples, checked, holds_examples
 from metagradient.metaparameters import ORDER, bare, check_concrete
@@ -301,7 +301,12 @@ class Objective:
             pulled = partial(jax.eval_shape, self._differentiated)
         else:
             pulled = partial(self.programs.value_and_pull_back.eval_shape, self.vector, self.has_aux)
-        with explained(self._call, program=lambda: trace(self.function, *state_and_z)[0]), sets_taken():
+
+        def program() -> Program:
+            with sets_taken():
+                return trace(self.function, *state_and_z)[0]
+
+        with explained(self._call, program=program), sets_taken():
             pulled(*state_and_z)
         self._differentiable.add(about)
 
