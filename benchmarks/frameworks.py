@@ -29,8 +29,8 @@ examples trains one on digits, a fifth of whose labels are wrong, and asks the m
 
 | what a library has | where it goes |
 |---|---|
-| parameters | `params`, floating arrays: of `nnx.split(model, nnx.Param, ...)`, `eqx.partition`, `variables["params"]` |
-| running statistics of batch norm, counters, keys of dropout | `model_state` (`has_model_state=True`): steps hand it on |
+| parameters | `params`, floating: of `nnx.split(model, nnx.Param, ...)`, `eqx.partition`, `variables["params"]` |
+| running statistics, counters, keys of dropout | `model_state` (`has_model_state=True`): steps hand it on |
 | a frozen base model, a teacher | `args=` |
 | fixed structure (`graphdef`, static fields) | closed over |
 | an input pipeline | `batches`: a random-access sequence, such as a `grain.MapDataset` |

@@ -549,7 +549,7 @@ def test_a_source_that_changes_at_every_read(schedule, segment):
 def test_a_source_that_changes_once(schedule, segment, hold, monkeypatch):
     """At whichever read: an error, or the metagradient of the run on the batches that were read last."""
     if not hold:
-        monkeypatch.setattr("metagradient.metagrad.free_host_bytes", lambda: 0)
+        monkeypatch.setattr("metagradient._replay.free_host_bytes", lambda: 0)
     function, source = in_place(10**9, schedule, segment)
     function(Z)
     caught = []

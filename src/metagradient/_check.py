@@ -259,7 +259,7 @@ def check(
         )
         found = metagradient.evaluate(z)
         with full_precision(training.allow_low_precision):
-            run = Run.prepared(training, z, window)
+            run = Run.prepared(training, z, window, retrace=False)
             again = trained(run, z, found.stats.segment)
             stamp = training.programs.fingerprint
             replays = np.array_equal(stamp(found.state)[0], stamp(again)[0])

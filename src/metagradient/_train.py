@@ -79,7 +79,7 @@ def _walked(training: Training, z: PyTree, options: Replay) -> PyTree:
 def _forward(training: Training, z: PyTree, adjoint: Replay) -> tuple[PyTree, "_Opaque"]:
     z = canonical(z)
     with full_precision(training.allow_low_precision):
-        run = Run.prepared(training, z, adjoint.window)
+        run = Run.prepared(training, z, adjoint.window, retrace=False)
     passed = Pass(run, z, adjoint)
     return passed.forward(), _Opaque(passed)
 
@@ -194,7 +194,7 @@ def train_many(training: Training, zs: Sequence[PyTree], *, at_once: int | None 
     at_once = at_once or fastest_company(training, zs)
     with full_precision(training.allow_low_precision):
         groups = [zs[i : i + at_once] for i in range(0, len(zs), at_once)]
-        prepared = ([Run.prepared(training, z) for z in group] for group in groups)
+        prepared = ([Run.prepared(training, z, retrace=z is zs[0]) for z in group] for group in groups)
         return [state for runs in prepared for state in _together(runs, len(training.batches))]
 
 
@@ -207,7 +207,7 @@ def fastest_company(training: Training, zs: Sequence[PyTree]) -> int:
     Cost: three steps of one training and of all of them together, and their compilation.
     """
     with full_precision(training.allow_low_precision):
-        runs = [Run.prepared(training, canonical(z)) for z in zs]
+        runs = [Run.prepared(training, canonical(z), retrace=False) for z in zs]
         return min((1, len(runs)), key=lambda size: _seconds(runs[:size]) / size)
 
 

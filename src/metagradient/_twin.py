@@ -274,7 +274,7 @@ def _doubled(training: Training, objective: Objective, z: PyTree, found: Evaluat
     for path, leaf in paths(gradient):
         if leaf.dtype != jnp.float64:
             raise TypeError(f"the gradient of z{path} came out in {leaf.dtype}")
-    run = Run.prepared(training, z, window)
+    run = Run.prepared(training, z, window, retrace=False)
     return Twin(run, objective, z, gradient, stats.segment, Held.of(run, objective, z))
 
 

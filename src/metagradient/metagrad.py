@@ -87,7 +87,7 @@ class Metagradient(Shown):
         start = perf_counter()
         z = canonical(z)
         with full_precision(self.training.allow_low_precision), compile_seconds() as compiling:
-            run = Run.prepared(self.training, z, self.options.window)
+            run = Run.prepared(self.training, z, self.options.window, retrace=False)
             self._objective.check_derivative(run.state, z)
             passed = Pass(run, z, self.options, queries=self._objective.vector)
             state = passed.forward()

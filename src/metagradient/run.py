@@ -47,15 +47,16 @@ class Run:
     begin: int
 
     @classmethod
-    def prepared(cls, training: Training, z: PyTree, window: int | None = None) -> Self:
+    def prepared(cls, training: Training, z: PyTree, window: int | None = None, *, retrace: bool = True) -> Self:
         """Check everything that can be known before compute is spent.
 
-        The first time for a training and shapes of z, its batches and its step are checked; later, its step is left to
-        be traced beside the device's work, by `contract.recheck`.
+        Batches in memory are read through, and a step is traced twice, the first time for a training and shapes of z.
 
         Arguments:
             z: canonical metaparameters.
             window: as in `value_and_metagrad`.
+            retrace: trace a step that was checked before once more, to find it altered. Else that is left to the
+                caller, beside the device's work, by `contract.recheck`.
         """
         steps = len(training.batches)
         given = Given.of(z, training.args)
@@ -82,6 +83,8 @@ class Run:
             with bare_arrays_explained(z, feed.first, steps):
                 contract.check()
             programs.checked.setdefault(training, set()).add(about)
+        elif retrace:
+            contract.recheck()
         return cls(training, given, feed, state, contract, 0 if window is None else steps - window)
 
     def check_derivatives(self, z: PyTree) -> None:
