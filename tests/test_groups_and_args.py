@@ -192,11 +192,9 @@ def scaled(params: Any, batch: Any, z: Any, args: Any) -> Any:
 FROZEN = np.random.default_rng(3).normal(size=(64, 64)) / 8
 
 
-def with_args(frozen: Any = FROZEN, **options: Any) -> mg.Training:
-    problem = with_optimiser("momentum")
-    return mg.Training.from_loss(
-        scaled, problem.optimizer, problem.init, problem.batches, args={"frozen": frozen}, **options
-    )
+def with_args(frozen: Any = FROZEN, idle: int = 0, **options: Any) -> mg.Training:
+    problem, args = with_optimiser("momentum"), {"frozen": frozen, "idle": np.zeros(idle)}
+    return mg.Training.from_loss(scaled, problem.optimizer, problem.init, problem.batches, args=args, **options)
 
 
 def closed_over(problem: Problem) -> Problem:
@@ -284,6 +282,7 @@ def test_args_are_part_of_a_runs_identity(tmp_path):
 
 
 def test_a_plan_counts_them():
-    problem = with_optimiser("momentum")
-    plan = mg.plan(with_args(), problem.z)
-    assert plan.estimate.bytes["device"] > 0
+    z, memory = with_optimiser("momentum").z, mg.Memory(device="150kB")
+    assert mg.plan(with_args(), z, memory=memory)
+    with pytest.raises(mg.errors.ScheduleError, match="feasible"):
+        mg.plan(with_args(idle=20_000), z, memory=memory)

@@ -289,7 +289,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 def test_refused_by_name_before_compute(name, of_z, monkeypatch):
     make, words = REFUSED[name]
     problem = digits((lambda z: make()) if of_z else make())
-    monkeypatch.setattr("metagradient.metagrad.Metagradient._traverse", None)
+    monkeypatch.setattr("metagradient._replay.Pass.forward", None)
     with pytest.raises(StructureError, match=words):
         metagradient(problem)
 
@@ -404,7 +404,7 @@ KEPT: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", [mg.PerStep, mg.PerExample])
 def test_a_first_state_may_not_depend_on_what_changes_from_step_to_step(name, kind, monkeypatch):
-    monkeypatch.setattr("metagradient.metagrad.Metagradient._traverse", None)
+    monkeypatch.setattr("metagradient._replay.Pass.forward", None)
     make = KEPT[name] if kind is mg.PerStep else lambda z: KEPT[name]({"lr": jnp.mean(z["lr"])})
     z = {"lr": kind(np.full(STEPS if kind is mg.PerStep else EXAMPLES, 0.1)), "ridge": np.asarray(0.03)}
     problem = digits(make, z=z)

@@ -101,6 +101,7 @@ def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory)
         leaves,
         {tier: save for tier, (save, _) in transfers.items()},
         {tier: restore for tier, (_, restore) in transfers.items()},
+        working_bytes=3 * nbytes(run.state) + nbytes((run.given.args, run.given.groups)),
         dispatch_seconds=checking,
         host_seconds=starting,
         read_seconds=reading,

@@ -76,15 +76,21 @@ class MeanOver(Shown):
 
     def _mean(self, state: PyTree) -> jax.Array:
         self._check(state)
-        return _total(share * self.programs.value(state, batch, self.args) for share, batch in self.shares())
+        return self._mean_of(lambda batch: self.programs.value(state, batch, self.args))
 
     def _forward(self, state: PyTree) -> tuple[jax.Array, tuple[Any, Any]]:
         self._check(state)
-        found = _total(
-            jax.tree.map(lambda x, share=share: share * x, self.programs.value_and_slopes(state, batch, self.args))
-            for share, batch in self.shares()
-        )
-        return found[0], (found[1], state)
+        value, slopes = self._mean_of(lambda batch: self.programs.value_and_slopes(state, batch, self.args))
+        return value, (slopes, state)
+
+    def _mean_of(self, function: Callable[[PyTree], PyTree]) -> PyTree:
+        """Mean over examples of what a function gives for each batch; every batch is read once."""
+        total, count = None, 0
+        for batch in self._read():
+            size = holds_examples(batch, self.examples)[0]
+            part = jax.tree.map(lambda x, size=size: size * x, function(batch))
+            total, count = part if total is None else add(total, part), count + size
+        return jax.tree.map(lambda x: x / count, total)
 
     def _check(self, state: PyTree) -> None:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(state)):
@@ -95,17 +101,10 @@ class MeanOver(Shown):
             )
 
     def _whole(self, state: PyTree) -> jax.Array:
-        return _total(share * self._loss(state, batch) for share, batch in self.shares())
+        return self._mean_of(lambda batch: self._loss(state, batch))
 
     def _loss(self, state: PyTree, batch: PyTree) -> jax.Array:
         return self.programs.function(state, batch, self.args)
-
-
-def _total(parts: Iterator[Any]) -> Any:
-    total = next(parts)
-    for part in parts:
-        total = add(total, part)
-    return total
 
 
 def _back(kept: tuple[Any, Any], cotangent: jax.Array) -> tuple[PyTree]:
@@ -178,8 +177,7 @@ def mean_over(
     Errors: `StructureError` for an empty sequence, or where a batch doesn't tell how many examples it holds;
         `BatchError` for one that can't be read again.
 
-    Cost: a loss and its gradient a batch; the memory of one batch, which is read twice. A compilation for every
-        different batch shape.
+    Cost: a loss and its gradient a batch; the memory of one batch. A compilation for every different batch shape.
 
     >>> import jax.numpy as jnp, metagradient as mg
     >>> objective = mg.mean_over([{"x": jnp.ones(4)}, {"x": jnp.zeros(2)}], lambda state, b: (state * b["x"]).mean())
@@ -322,7 +320,9 @@ class Objective:
         def slopes(vjp: Callable[..., Any], value: jax.Array, *_: Any) -> Any:
             if not self.vector:
                 return vjp(jnp.ones_like(value))
-            return jax.vmap(vjp)(jnp.eye(value.shape[0], dtype=value.dtype))
+            # Not mapped: what users compiled themselves would be batched by a compiler that may get that wrong.
+            each = [vjp(one_hot) for one_hot in jnp.eye(value.shape[0], dtype=value.dtype)]
+            return jax.tree.map(lambda *x: jnp.stack(x), *each)
 
         return _pulled_back(self.function, self.has_aux, state, z, slopes)
 

@@ -61,8 +61,8 @@ class Memory:
     """Budgets, in bytes or as text ("4GB", "512MiB").
 
     Arguments:
-        device: for stored boundary states, the segments kept for their pull-back, and the states at work. None takes
-            half of the free memory.
+        device: for stored boundary states, the segments kept for their pull-back, the states at work, and `args`. None
+            takes half of the free memory.
         host: for boundary states in host memory. None stores none there.
         disk: for boundary states on disk. None stores none there.
         path: the folder of the disk tier; None takes the system's temporary folder.
