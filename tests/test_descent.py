@@ -247,3 +247,86 @@ def test_what_functions_return_is_checked(changed: dict[str, Any], error: type[E
     given = {"training": training(), "objective": objective, "z": RATE, "update": mg.updates.sign(0.1), "steps": 2}
     with pytest.raises(error, match=message):
         next(mg.descend(**{**given, **changed}))
+
+
+# Which z: climbing, kept ones, finalists.
+
+
+def test_a_descent_climbs():
+    down = mg.descend(training(), objective, RATE, mg.updates.sign(-0.05), 4, held_out=lambda s, z: -jnp.sum(s**2))
+    up = mg.descend(training(), objective, RATE, mg.updates.sign(0.05), 4, held_out=objective, maximise=True)
+    for a, b in zip(down, up, strict=True):
+        assert float(a.next_z["rate"]) == float(b.next_z["rate"])
+        assert a.value == b.value
+        assert a.held_out == -b.held_out  # pyright: ignore[reportOptionalOperand]
+    assert down.best
+    assert up.best
+    assert up.best.step == down.best.step == 3
+    assert up.best.score == -down.best.score
+
+
+def test_every_nth_z_is_kept(tmp_path):
+    in_memory = mg.descend(training(), objective, RATE, mg.updates.sign(0.05), 5, keep=2)
+    records = list(in_memory)
+    assert list(in_memory.kept) == [0, 2, 4]
+    for step, z in in_memory.kept.items():
+        assert float(z["rate"]) == float(records[step].z["rate"])
+
+    def on_disk(steps: int) -> mg.Descent:
+        update = mg.updates.sign(0.05)
+        return mg.descend(training(), objective, RATE, update, steps, keep=2, out=tmp_path / "run")
+
+    list(on_disk(3))
+    resumed = on_disk(5)
+    assert list(resumed.kept) == [0, 2]
+    list(resumed)
+    for step, z in in_memory.kept.items():
+        np.testing.assert_array_equal(resumed.kept[step]["rate"], z["rate"])
+    # Of a process that was killed after it wrote a z, and before its meta-step was done.
+    (tmp_path / "run" / "kept" / "000006.safetensors").write_bytes(b"torn")
+    assert list(on_disk(5).kept) == [0, 2, 4]
+    (tmp_path / "run" / "kept" / "000002.safetensors").write_bytes(b"torn")
+    with pytest.raises(mg.errors.StoreError, match="000002"):
+        _ = on_disk(5).kept
+
+
+def test_finalists_are_tried_on_common_seeds_that_no_meta_step_draws(tmp_path):
+    drawn: list[int] = []
+
+    def made(seed: int) -> mg.Training:
+        drawn.append(seed)
+        return training(seed)
+
+    descent = mg.descend(made, objective, RATE, mg.updates.sign(0.05), 4, keep=3, out=tmp_path / "run")
+    list(descent)
+    used, drawn[:] = set(drawn), []
+    found = descent.finalists(3)
+    fresh = [mg.fresh_seed(0, number) for number in range(3)]
+    # Kept, best and last: the best is the last measured one, which was kept too.
+    assert [one.name for one in found] == ["meta-step 4", "meta-step 3", "meta-step 0"]
+    assert set(drawn) == set(fresh)
+    assert not used & set(fresh)
+    for one in found:
+        expected = [float(objective(mg.train(training(seed), one.z), {})) for seed in fresh]
+        assert list(one.scores) == pytest.approx(expected, rel=1e-6)
+        apart = np.subtract(one.scores, found[0].scores)
+        assert one.behind == pytest.approx(apart.mean())
+        assert one.error == pytest.approx(apart.std(ddof=1) / 3**0.5)
+    # Again, by a process that goes on: no training is made twice.
+    drawn.clear()
+    again = mg.descend(made, objective, RATE, mg.updates.sign(0.05), 4, keep=3, out=tmp_path / "run")
+    drawn.clear()
+    assert [one.scores for one in again.finalists(3)] == [one.scores for one in found]
+    assert not drawn
+    mine = again.finalists(2, candidates={"mine": {"rate": 0.3}, "start": RATE})
+    assert [one.name for one in mine] == ["mine", "start"]
+    climbing = mg.descend(made, objective, RATE, mg.updates.sign(0.05), 2, maximise=True)
+    list(climbing)
+    assert climbing.finalists(2)[0].name == "meta-step 2"
+    fixed = mg.descend(training(), objective, RATE, mg.updates.sign(0.05), 2)
+    list(fixed)
+    assert len(fixed.finalists(5)[0].scores) == 1
+    with pytest.raises(ConfigError, match="at least one fresh seed"):
+        fixed.finalists(0)
+    with pytest.raises(ConfigError, match="need a candidate"):
+        fixed.finalists(candidates={})

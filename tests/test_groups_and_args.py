@@ -281,6 +281,17 @@ def test_args_are_part_of_a_runs_identity(tmp_path):
         descend(with_args(2 * FROZEN), 2)
 
 
+def test_checks_twin_takes_them_in_float64():
+    with jax.enable_x64(False):
+        problem = with_optimiser("momentum", np.float32)
+        training = mg.Training.from_loss(
+            scaled, problem.optimizer, problem.init, problem.batches, args={"frozen": FROZEN.astype(np.float32)}
+        )
+        report = mg.check(training, problem.objective, problem.z, directions=1)
+    assert report.ok, str(report)
+    assert not report.single
+
+
 def test_a_plan_counts_them():
     z, memory = with_optimiser("momentum").z, mg.Memory(device="150kB")
     assert mg.plan(with_args(), z, memory=memory)

@@ -132,13 +132,16 @@ class Gradients:
         check_drawn(drawn, seed)
         return drawn
 
-    def scores(self, z: PyTree, fresh: int) -> list[float]:
-        """Held-out value (without `held_out`, the objective's) of trainings on fresh seeds; of a fixed one, once."""
+    def seeds_for(self, fresh: int) -> list[int | None]:
+        """Seeds to try a z on, which no meta-step draws; a fixed training has none."""
         if isinstance(self.training, (Training, CountSurrogate)):
-            return [self._scored(self.training, z)]
-        return [self._scored(self._drawn(fresh_seed(self.seed, number)), z) for number in range(fresh)]
+            return [None]
+        return [fresh_seed(self.seed, number) for number in range(fresh)]
 
-    def _scored(self, run: Differentiable, z: PyTree) -> float:
+    def score(self, z: PyTree, seed: int | None) -> float:
+        """Held-out value (without `held_out`, the objective's) of one training."""
+        run = self.training if seed is None else self._drawn(seed)
+        assert isinstance(run, (Training, CountSurrogate))
         state = run.trained(z) if isinstance(run, CountSurrogate) else train(run, z)
         self._last_scored = run
         return self._score(self.held_out or self.objective, state, bare(z))

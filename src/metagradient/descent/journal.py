@@ -2,6 +2,8 @@
 
     records.jsonl       a line a meta-step: what was found; the same bytes however often the descent was interrupted
     timings.jsonl       a line a meta-step: what it took
+    kept/               the z of every n-th meta-step, where `keep` asks for them
+    finalists.jsonl     a line for each training on which candidates were tried again
     descent.safetensors z, the best z, the update's memory, and the last line of records.jsonl
 
 A meta-step is done once the last of these has taken the place of its predecessor, in one move. The line is appended to

@@ -140,7 +140,7 @@ class Descent(Iterator[MetaStep], Shown):
 
         Errors: `ConfigError` without a training or a candidate; those of `train`.
 
-        Cost: `fresh` trainings for each candidate.
+        Cost: `fresh` trainings for each candidate; with `out`, each is written down, and not made again.
         """
         if fresh < 1:
             raise ConfigError(f"finalists are tried on at least one fresh seed, got {fresh}")
@@ -149,7 +149,13 @@ class Descent(Iterator[MetaStep], Shown):
             if self.best:
                 candidates[f"meta-step {self.best.step}"] = self.best.z
             candidates[f"meta-step {self.step}"] = self.z
-        return ranked(self._gradients, {n: canonical(z) for n, z in candidates.items()}, fresh, self._move.maximise)
+        return ranked(
+            self._gradients,
+            {name: canonical(z) for name, z in candidates.items()},
+            fresh,
+            maximise=self._move.maximise,
+            out=self._journal.directory if self._journal else None,
+        )
 
     @property
     def segment(self) -> Segment | None:
