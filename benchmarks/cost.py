@@ -61,7 +61,7 @@ class Problem:
             for i in range(len(runner)):
                 left, end = runner.keep(i, state)
                 kept.append(left)
-                state = end()
+                state = end().state
             cotangent, total = floating(state)[0], zeros(runner.given.z)
             for i in reversed(range(len(runner))):
                 pulled = runner.pull(i, kept.pop(), cotangent, total)

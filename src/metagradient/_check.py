@@ -22,7 +22,7 @@ from metagradient.run import Run, full_precision
 from metagradient.shown import Shown
 from metagradient.step.segment import Segment
 from metagradient.training import Training
-from metagradient.trees import PyTree, paths
+from metagradient.trees import PyTree, paths, same_bits
 from metagradient.versions import untested
 
 _PRECISE = 0.99
@@ -261,8 +261,7 @@ def check(
         with full_precision(training.allow_low_precision):
             run = Run.prepared(training, z, window, retrace=False)
             again = trained(run, z, found.stats.segment)
-            stamp = training.programs.fingerprint
-            replays = np.array_equal(stamp(found.state)[0], stamp(again)[0])
+            replays = same_bits(found.state, again)
     except NonFiniteError as problem:
         return report(True, str(problem), False)
     except (ImpureStepError, ReplayMismatch) as problem:

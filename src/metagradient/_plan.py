@@ -94,7 +94,7 @@ def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory)
     leaves: dict[LeafKind, Leaf] = {kind: _leaf(run, replace(segment, keep=kind)) for kind in kinds}
     slower: list[Tier] = [tier for tier in TIERS[1:] if getattr(memory, tier)]
     transfers: dict[Tier, tuple[float, float]] = {tier: _transfer(run, tier, memory) for tier in slower}
-    checking, starting, reading = _walk(run, segment)
+    starting, reading = _walk(run, segment)
     return Costs(
         nbytes(run.state),
         min(leaf.step_seconds for leaf in leaves.values()),
@@ -102,7 +102,6 @@ def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory)
         {tier: save for tier, (save, _) in transfers.items()},
         {tier: restore for tier, (_, restore) in transfers.items()},
         working_bytes=3 * nbytes(run.state) + nbytes((run.given.args, run.given.groups)),
-        dispatch_seconds=checking,
         host_seconds=starting,
         read_seconds=reading,
         compiled=segment.loop != "steps",
@@ -116,7 +115,7 @@ def _leaf(run: Run, segment: Segment) -> Leaf:
     kept, _ = runner.keep(0, run.state)
 
     def step() -> None:
-        jax.block_until_ready(runner.keep(0, run.state)[1]())
+        jax.block_until_ready(runner.keep(0, run.state)[1]().state)
 
     def adjoint() -> None:
         jax.block_until_ready(runner.pull(0, kept, cotangent, run.programs.zeros(run.given.z)))
@@ -142,23 +141,19 @@ def _transfer(run: Run, tier: Tier, memory: Memory) -> tuple[float, float]:
     return median(saves), median(restores)
 
 
-def _walk(run: Run, segment: Segment) -> tuple[float, float, float]:
-    """What a walk adds to its steps: fingerprints on the device; its start, and reading a batch, on the host."""
-    runner, stamp = run.runner(segment), run.programs.fingerprint
+def _walk(run: Run, segment: Segment) -> tuple[float, float]:
+    """What a walk adds to its steps on the host: its start, and reading a batch."""
+    runner, stamp = run.runner(segment), run.programs.stamp
     steps = len(runner.steps(0))
 
     def read() -> None:
         runner.forget()
         runner.batches(0)
 
-    def check() -> None:
-        jax.block_until_ready((stamp(runner.batches(0)), stamp(run.state)))
-
     def prepare() -> Any:
-        return runner.advance(0, run.state), stamp(runner.batches(0)), stamp(run.state)
+        return runner.advance(0, run.state).state, stamp(runner.batches(0))
 
-    reading, checking = _seconds(read), _seconds(check)
-    return checking, _seconds(prepare), reading / steps
+    return _seconds(prepare), _seconds(read) / steps
 
 
 def _seconds(work: Callable[[], Any]) -> float:

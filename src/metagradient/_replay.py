@@ -200,14 +200,14 @@ class Pass:
         return grad
 
     def _check_cotangents(self, cotangent: Cotangent, total: PyTree) -> None:
-        for path, good in zip(self._paths, self._run.programs.finite(cotangent).tolist(), strict=True):
+        for path, good in zip(self._paths, self._run.programs.finite(cotangent), strict=True):
             if not good:
                 raise NonFiniteError(
                     f"the objective's derivative in {path} of the final state is not finite, and that state is: look "
                     "for a root, norm, log or division at zero in the objective"
                 )
         if total is not None:
-            for (path, _), good in zip(paths(self._z), self._run.programs.finite(total).tolist(), strict=True):
+            for (path, _), good in zip(paths(self._z), self._run.programs.finite(total), strict=True):
                 if not good:
                     raise NonFiniteError(
                         f"the objective's own derivative in z{path} is not finite: look for a root, norm, log or "
@@ -279,7 +279,7 @@ def _walk(
     progress.expect("forward", (runner.before + cost.advances + cost.keeps) * segment.length)
     progress.expect("adjoint", len(runner) * segment.length)
     with Stores(folder) as stores:
-        watch = Watch(run.programs.fingerprint, verify)
+        watch = Watch(run.programs.stamp, verify)
         traversal = Traversal(runner, watch, progress.tick, stores, cost.advances > 0, careful)
         if verify:
             traversal.rehearse(run.state)
@@ -297,7 +297,7 @@ def _walk(
 
 
 def _check_finite(grad: PyTree, run: Run, *, careful: bool) -> None:
-    for (path, _), good in zip(paths(grad), run.programs.finite(jax.tree.leaves(grad)).tolist(), strict=True):
+    for (path, _), good in zip(paths(grad), run.programs.finite(grad), strict=True):
         if not good:
             if not careful:
                 raise NotFinite

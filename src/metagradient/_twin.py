@@ -232,9 +232,9 @@ def trained(run: Run, z: PyTree, segment: Segment) -> PyTree:
     moved = replace(run, given=given, state=run.state if run.begin else run.training.initial(z))
     state, before, after = moved.state, run.runner(segment), moved.runner(segment)
     for i in range(-before.before, 0):
-        state = before.advance(i, state)
+        state = before.advance(i, state).state
     for i in range(len(after)):
-        state = after.advance(i, state)
+        state = after.advance(i, state).state
     return state
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import jax
-import numpy as np
 
 from metagradient._jax import trace
 from metagradient.errors import ImpureStepError, PrecisionError, StructureError
@@ -21,7 +20,7 @@ from metagradient.step.programs import Programs, signature
 from metagradient.step.runner import Runner
 from metagradient.step.segment import Segment
 from metagradient.training import Training
-from metagradient.trees import PyTree, floating
+from metagradient.trees import PyTree, floating, same_bits
 
 _PRECISE = ("highest", "float32")
 
@@ -73,7 +72,7 @@ class Run:
         check_concrete("the initial state", state)
         if training.starts_from_z:
             again = training.initial(z)
-            if not np.array_equal(programs.fingerprint(state)[0], programs.fingerprint(again)[0]):
+            if not same_bits(state, again):
                 raise ImpureStepError(
                     "init gave another state the second time: it draws on something outside z. Make keys of a fixed "
                     "seed"

@@ -71,6 +71,15 @@ def zeros(tree: PyTree, *leading: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def same_bits(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees of equal structure hold the same bits."""
+
+    def bits(x: Any) -> bytes:
+        return np.asarray(jax.random.key_data(x) if is_key(x) else x).tobytes()
+
+    return all(bits(x) == bits(y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 def add(a: PyTree, b: PyTree) -> PyTree:
     """Sum of two trees, leaf by leaf."""
     return jax.tree.map(jnp.add, a, b)

@@ -13,7 +13,7 @@ from metagradient.replay.schedule import Action, Advance, Drop, Keep, PullBack, 
 from metagradient.replay.store import Stores
 from metagradient.replay.watch import Watch
 from metagradient.step.rule import Cotangent
-from metagradient.step.runner import Runner
+from metagradient.step.runner import Reached, Runner
 from metagradient.step.segment import Kept
 from metagradient.trees import PyTree, nbytes
 
@@ -58,7 +58,8 @@ class Traversal:
         its arguments.
         """
         first = -self.runner.before
-        self.watch.state(self.runner.steps(first).stop, self.runner.advance(first, state))
+        reached = self.runner.advance(first, state)
+        self.watch.state(self.runner.steps(first).stop, reached)
         self.runner.forget()
 
     def walk(self, actions: Iterable[Action], state: PyTree) -> Generator[PyTree, Ending, Ending]:
@@ -107,9 +108,8 @@ class Traversal:
 
     def _first_run(self, state: PyTree) -> PyTree:
         """Advance through the segments before those that are differentiated."""
-        if self.careful and (bad := not_finite(self.runner, state)):
+        if bad := not_finite(self.runner, state):
             raise NonFiniteError(f"the initial state is not finite: {names(bad)}")
-        self.watch.state(0, state)
         for i in range(-self.runner.before, 0):
             state = self._advance(i, state)
         return state
@@ -126,9 +126,9 @@ class Traversal:
         yield from coming
 
     def _advance(self, i: int, state: PyTree) -> PyTree:
-        end = self.runner.advance(i, state)
-        self._arrived(i, state, end)
-        return end
+        reached = self.runner.advance(i, state)
+        self._arrived(i, state, reached)
+        return reached.state
 
     def _keep(self, i: int, state: PyTree) -> tuple[Kept, Callable[[], PyTree]]:
         kept, finish = self.runner.keep(i, state)
@@ -136,7 +136,7 @@ class Traversal:
         def end() -> PyTree:
             reached = finish()
             self._arrived(i, state, reached, wait=False)
-            return reached
+            return reached.state
 
         return kept, end
 
@@ -145,7 +145,7 @@ class Traversal:
         pulled = pull(i, kept, cotangent, total)
         steps = self.runner.steps(i)
         self.ticker("adjoint", len(steps))
-        if self.careful and not np.all(pulled.finite):
+        if self.careful and not np.asarray(pulled.finite).all():
             raise NonFiniteError(locate_in_adjoint(self.runner, i, kept, cotangent))
         self.watch.cotangent(steps.start, pulled, last=i == 0)
         return pulled.cotangent, pulled.total
@@ -157,12 +157,12 @@ class Traversal:
             self._sizes[steps] = nbytes((kept.states, kept.beside))
         return self._sizes[steps]
 
-    def _arrived(self, i: int, start: PyTree, end: PyTree, *, wait: bool = True) -> None:
+    def _arrived(self, i: int, start: PyTree, reached: Reached, *, wait: bool = True) -> None:
         steps = self.runner.steps(i)
         self.ticker("forward", len(steps))
-        if self.careful and not_finite(self.runner, end):
+        if self.careful and not np.asarray(reached.stamp[1]).all():
             raise NonFiniteError(locate_in_segment(self.runner, i, start))
-        self.watch.state(steps.stop, end, wait=wait)
+        self.watch.state(steps.stop, reached, wait=wait)
 
 
 def _stamping(watch: Watch, replays: bool, ends: set[int]) -> Callable[[int, int, PyTree, bool], None]:

@@ -110,9 +110,7 @@ def _single_steps(runner: Runner, i: int) -> Iterator[tuple[int, PyTree]]:
 
 def not_finite(runner: Runner, state: PyTree) -> list[str]:
     """Paths of the leaves of a state that are not finite."""
-    return [
-        path for (path, _), good in zip(paths(state), runner.programs.finite(state).tolist(), strict=True) if not good
-    ]
+    return [path for (path, _), good in zip(paths(state), runner.programs.finite(state), strict=True) if not good]
 
 
 def names(leaves: list[str]) -> str:

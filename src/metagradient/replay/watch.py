@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from metagradient.errors import DerivativeError, ReplayMismatch
+from metagradient.step.runner import Reached
 from metagradient.step.segment import Pulled
 from metagradient.trees import PyTree, paths
 
@@ -26,30 +27,30 @@ class Watch:
     Comparisons lag a few programs behind, so that the device never waits for them.
 
     Arguments:
-        fingerprint: of a tree, and which of its leaves are finite.
+        stamp: fingerprint of batches.
         on: whether to compare; non-finite values are looked for in any case.
     """
 
-    def __init__(self, fingerprint: Callable[[PyTree], tuple[jax.Array, jax.Array]], on: bool):
+    def __init__(self, stamp: Callable[[PyTree], Any], on: bool):
         self.on = on
-        self._fingerprint = fingerprint
-        self._first: dict[tuple[str, int], jax.Array] = {}
+        self._stamp = stamp
+        self._first: dict[tuple[str, int], Any] = {}
         self._pending: deque[tuple[Any, ...]] = deque()
 
-    def state(self, step: int, state: PyTree, *, wait: bool = True) -> None:
+    def state(self, step: int, reached: Reached, *, wait: bool = True) -> None:
         """The state before `step` was reached, for the first time or again.
 
         Arguments:
             wait: let the device run only a few states ahead; not needed where they are all kept.
         """
-        self._see("state", step, state)
+        self._see("state", step, reached.state, *reached.stamp)
         if wait:
             self._settle(_PENDING)
 
     def batches(self, step: int, batches: PyTree) -> None:
         """The batches of a segment that starts at `step` were read."""
         if self.on:
-            self._see("batch", step, batches)
+            self._see("batch", step, batches, self._stamp(batches), None)
             self._settle(_PENDING)
 
     def cotangent(self, step: int, pulled: Pulled, *, last: bool) -> None:
@@ -59,15 +60,14 @@ class Watch:
             last: it is the first state that is differentiated. What of it depends on z is seen in the gradient; of the
                 rest (moments that start as zeros, under a root) it needn't be finite.
         """
-        self._pending.append(("cotangent", step, None, None, pulled.asymmetry, last or pulled.finite))
+        self._pending.append(("cotangent", step, None, None, pulled.asymmetry, None if last else pulled.finite))
         self._settle(_PENDING)
 
     def settle(self) -> None:
         """Make all comparisons that are still open."""
         self._settle(0)
 
-    def _see(self, what: str, step: int, tree: PyTree) -> None:
-        found, finite = self._fingerprint(tree)
+    def _see(self, what: str, step: int, tree: PyTree, found: Any, finite: Any) -> None:
         expected = self._first.setdefault((what, step), found) if self.on else found
         # The structure alone, for names: the state itself must not be held back.
         structure = jax.tree.structure(tree) if expected is not found else None
@@ -80,7 +80,7 @@ class Watch:
                 which = np.flatnonzero(np.any(np.asarray(expected) != np.asarray(found), axis=1))
                 leaf = paths(jax.tree.unflatten(structure, range(structure.num_leaves)))[which[0]][0]
                 raise ReplayMismatch(_explain(what, step, leaf))
-            if what != "batch" and not np.all(finite):
+            if finite is not None and not np.asarray(finite).all():
                 raise NotFinite
             if what == "cotangent" and (apart := max(float(x) for x in jax.tree.leaves(found))) > _ASYMMETRIC:
                 raise DerivativeError(

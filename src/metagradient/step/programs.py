@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
+import numpy as np
 
 from metagradient._jax import compiled
-from metagradient.fingerprint import fingerprint, finite
+from metagradient.fingerprint import fingerprint, finite, finite_on_host, host_fingerprint
 from metagradient.given import Given
 from metagradient.layout import spread
 from metagradient.step.rule import Rule
@@ -117,14 +118,25 @@ class Programs:
             self._forms[key] = Form(self.rule.formed(*key))
         return self._forms[key]
 
-    @cached_property
-    def fingerprint(self) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
-        """See `fingerprint.fingerprint`."""
-        return compiled(lambda tree: fingerprint(tree))
+    def stamp(self, batches: PyTree) -> Any:
+        """Fingerprint of batches, where they are: no program for those in the host's memory."""
+        if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(batches)):
+            return host_fingerprint(batches)
+        return self._fingerprint(batches)[0]
 
     @cached_property
-    def finite(self) -> Callable[[PyTree], jax.Array]:
-        """See `fingerprint.finite`."""
+    def _fingerprint(self) -> Callable[[PyTree], tuple[jax.Array, jax.Array]]:
+        return compiled(lambda tree: fingerprint(tree))
+
+    def finite(self, tree: PyTree) -> list[bool]:
+        """Which leaves are finite: by a program on their device, or by NumPy where that is the host's memory."""
+        leaves = jax.tree.leaves(tree)
+        if all(isinstance(x, np.ndarray) or {d.platform for d in x.devices()} == {"cpu"} for x in leaves):
+            return [finite_on_host(x) for x in leaves]
+        return self._finite(leaves).tolist()
+
+    @cached_property
+    def _finite(self) -> Callable[[PyTree], jax.Array]:
         return compiled(lambda tree: finite(tree))
 
     @cached_property

@@ -12,12 +12,20 @@ from metagradient.given import Given
 from metagradient.step.feed import Feed
 from metagradient.step.programs import Form, Programs
 from metagradient.step.rule import Cotangent
-from metagradient.step.segment import Kept, Pulled, Segment
+from metagradient.step.segment import Kept, Pulled, Segment, Stamp
 from metagradient.trees import PyTree, nbytes
 
 # Two right programs differ by rounding; the faults of compilers that were seen are of tens of percents.
 _ROUNDING = 0.01
 _NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The end of a segment: the state there, and its fingerprint."""
+
+    state: PyTree
+    stamp: Stamp
 
 
 @dataclass(eq=False)
@@ -93,52 +101,58 @@ class Runner:
         self._held.clear()
         self._held_bytes = 0
 
-    def advance(self, i: int, state: PyTree) -> PyTree:
-        """State at the end of segment i from that at its start."""
+    def advance(self, i: int, state: PyTree) -> Reached:
+        """What is reached at the end of segment i from the state at its start."""
         batches = self.batches(i)
         self.forward_steps += len(self.steps(i))
-        if self.segment.loop == "steps":
-            for t, batch in zip(self.steps(i), batches, strict=True):
-                state = self.form.advance_one(state, self.given, np.int32(t), batch)[0]
-            return state
-        return self._many(i, state, batches)[0]
+        if self.segment.loop != "steps":
+            end, _, _, stamp = self._many(i, state, batches)
+            return Reached(end, stamp)
+        stamp: Any = None
+        for t, batch in zip(self.steps(i), batches, strict=True):
+            state, _, stamp = self.form.advance_one(state, self.given, np.int32(t), batch)
+        return Reached(state, stamp)
 
     def pass_through(self, i: int, state: PyTree, at: Sequence[int]) -> tuple[list[tuple[int, PyTree]], PyTree]:
         """`advance`, and the states before some of the segment's steps: (pairs of steps and states, the last)."""
         if not at:
-            return [], self.advance(i, state)
+            return [], self.advance(i, state).state
         kept, end = self.keep(i, state)
         start = self.steps(i).start
         if self.segment.loop == "steps":
-            return [(t, kept.states[t - start]) for t in at], end()
-        return [(t, jax.tree.map(lambda x, t=t: x[t - start], kept.states)) for t in at], end()
+            return [(t, kept.states[t - start]) for t in at], end().state
+        return [(t, jax.tree.map(lambda x, t=t: x[t - start], kept.states)) for t in at], end().state
 
-    def keep(self, i: int, state: PyTree) -> tuple[Kept, Callable[[], PyTree]]:
-        """What the pull-back of segment i needs, and how to get the state at its end.
+    def keep(self, i: int, state: PyTree) -> tuple[Kept, Callable[[], Reached]]:
+        """What the pull-back of segment i needs, and how to get to its end.
 
         Where a step keeps nothing but its state, the last step is only taken if that end is asked for.
         """
         steps, batches = self.steps(i), self.batches(i)
         if self.segment.loop != "steps":
             self.forward_steps += len(steps)
-            end, states, beside = self._many(i, state, batches)
-            return Kept(states, beside, batches), lambda: end
+            end, states, beside, stamp = self._many(i, state, batches)
+            return Kept(states, beside, batches), lambda: Reached(end, stamp)
         states, beside = [], []
         for t, batch in zip(steps[:-1], batches[:-1], strict=True):
             states.append(state)
-            state, left = self.form.advance_one(state, self.given, np.int32(t), batch)
+            state, left, _ = self.form.advance_one(state, self.given, np.int32(t), batch)
             beside.append(left)
         self.forward_steps += len(steps) - 1
         states.append(state)
 
-        def last() -> tuple[PyTree, PyTree]:
+        def last() -> tuple[PyTree, PyTree, Stamp]:
             self.forward_steps += 1
             return self.form.advance_one(states[-1], self.given, np.int32(steps[-1]), batches[-1])
 
+        def reached() -> Reached:
+            end, _, stamp = last()
+            return Reached(end, stamp)
+
         if self.form.rule.keep == "state":
-            return Kept(states, [*beside, ()], batches), lambda: last()[0]
-        end, left = last()
-        return Kept(states, [*beside, left], batches), lambda: end
+            return Kept(states, [*beside, ()], batches), reached
+        end, left, stamp = last()
+        return Kept(states, [*beside, left], batches), lambda: Reached(end, stamp)
 
     def pull(self, i: int, kept: Kept, cotangent: Cotangent, total: PyTree) -> Pulled:
         """Pull a cotangent back through segment i, adding to the z cotangents, which are used up."""
@@ -191,6 +205,6 @@ class Runner:
     def _unroll(self) -> bool:
         return self.segment.loop == "unroll"
 
-    def _many(self, i: int, state: PyTree, batches: Any) -> tuple[PyTree, Any, Any]:
+    def _many(self, i: int, state: PyTree, batches: Any) -> tuple[PyTree, Any, Any, Stamp]:
         steps = self.steps(i)
         return self.form.advance_many(self._unroll, len(steps), state, self.given, np.int32(steps.start), batches)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from metagradient.errors import StructureError
-from metagradient.fingerprint import finite
+from metagradient.fingerprint import fingerprint, finite
 from metagradient.given import Given, accumulate
 from metagradient.metaparameters import Shared, is_kind
 from metagradient.step.rule import Adjoint, Cotangent, Keep, Rule
@@ -58,6 +58,9 @@ def check_segment(segment: Any) -> None:
         )
 
 
+Stamp: TypeAlias = tuple[jax.Array, jax.Array]
+"""A state's fingerprint, and which of its leaves are finite; see `fingerprint`."""
+
 SINGLE_STEPS = Segment(1, "steps", "state")
 """One program of one step: what needs no choice, for trainings that nobody differentiates."""
 
@@ -102,16 +105,22 @@ def _divide(z: PyTree) -> tuple[Any, Callable[[Any], PyTree]]:
     )
 
 
-def advance_one(rule: Rule, state: PyTree, given: Given, t: Any, batch: PyTree) -> tuple[PyTree, PyTree]:
-    """One step: `(next state, what it leaves for its adjoint)`."""
+def advance_one(rule: Rule, state: PyTree, given: Given, t: Any, batch: PyTree) -> tuple[PyTree, PyTree, Stamp]:
+    """One step: `(next state, what it leaves for its adjoint, the next state's fingerprint)`."""
     new, kept = rule.bound(given.args).advance(state, batch, given.seen(t, batch))
-    return strong(new), kept
+    new = strong(new)
+    return new, kept, _stamped(new)
+
+
+def _stamped(state: PyTree) -> Stamp:
+    """Fingerprint of what a program returns, as it is returned."""
+    return fingerprint(lax.optimization_barrier(state))
 
 
 def advance_many(
     rule: Rule, unroll: bool, length: int, state: PyTree, given: Given, start: Any, batches: PyTree
-) -> tuple[PyTree, Any, Any]:
-    """`length` steps over stacked batches: the last state; all states before a step, and what those steps left.
+) -> tuple[PyTree, Any, Any, Stamp]:
+    """`length` steps over stacked batches: the last state; all before a step; what steps left; the last's fingerprint.
 
     The one program that advances states, whether what it keeps is used or not.
     """
@@ -124,7 +133,7 @@ def advance_many(
         return strong(new), (state, kept)
 
     state, (states, beside) = lax.scan(body, state, (batches, moving), length=length, unroll=length if unroll else 1)
-    return state, states, beside
+    return state, states, beside, _stamped(state)
 
 
 def over_queries(pull: Callable[..., Any], cotangents: PyTree, *, convolves: bool = False) -> Any:
