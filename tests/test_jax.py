@@ -1,5 +1,7 @@
 """What is read off JAX's internals: the same on the oldest and the newest release."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 from jax import lax
 
 from metagradient import _jax
+from metagradient.errors import ConfigError
 
 pytestmark = pytest.mark.core
 X = jnp.linspace(-1, 1, 6)
@@ -194,6 +197,33 @@ def test_steps_through_norms_side_by_side_are_right():
 
 def test_options_that_the_compiler_has_not_got():
     assert not _jax._takes({"xla_cpu_an_option_that_there_never_was": ""})
+
+
+def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
+    code = """
+import sys, jax, jax.numpy as jnp
+import metagradient as mg
+
+jax.jit(lambda x: x - 1)(1.0)
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+assert str(mg.compilation_cache(sys.argv[1])) == sys.argv[1]
+training = mg.Training(jnp.ones(3), lambda s, b, z: s * z, [{}] * 4)
+value, grad = mg.value_and_metagrad(training, lambda s, z: s.sum())(jnp.float32(0.9))
+print(len(hits), value, grad)
+"""
+
+    def run() -> list[str]:
+        command = [sys.executable, "-c", code, str(tmp_path / "cache")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    (cold, *first), (warm, *second) = run(), run()
+    assert int(warm) >= int(cold) + 3
+    assert first == second
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match="can't hold compiled programs"):
+        _jax.compilation_cache(file / "below")
 
 
 def test_doubles_beside_single_draws():

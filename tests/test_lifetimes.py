@@ -14,6 +14,7 @@ import pytest
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
+from metagradient.step.runner import Runner
 from metagradient.step.segment import Segment
 
 pytestmark = pytest.mark.core
@@ -46,6 +47,32 @@ def training_with(captured: Captured, width: int = 5) -> mg.Training:
 def alive(references: list[weakref.ref]) -> int:
     gc.collect()
     return sum(reference() is not None for reference in references)
+
+
+def test_a_pass_leaves_nothing_to_the_collector(monkeypatch):
+    """Batches and states that it held are freed when it returns, not when a cycle is found."""
+    runners, real = [], Runner.__post_init__
+
+    def noted(self):
+        real(self)
+        runners.append(weakref.ref(self))
+
+    monkeypatch.setattr(Runner, "__post_init__", noted)
+    training = training_with(Captured(1.0))
+    evaluate = mg.value_and_metagrad(training, objective)
+    through = jax.grad(lambda z: objective(mg.train(training, z, adjoint=mg.Replay()), None))
+    evaluate(Z)
+    gc.collect()
+    gc.disable()
+    try:
+        runners.clear()
+        evaluate(Z)
+        through(Z)
+        mg.train(training, Z)
+        assert len(runners) >= 3
+        assert not [runner for runner in runners if runner()]
+    finally:
+        gc.enable()
 
 
 def metagradient_of(training: mg.Training) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metagradient import errors, schedule, smoothness, updates
     from metagradient._check import CheckReport, check
+    from metagradient._jax import compilation_cache
     from metagradient._plan import plan
     from metagradient._replay import Replay, Stats
     from metagradient._train import states, train, train_many
@@ -47,6 +48,7 @@ __all__ = [
     "TrainState",
     "Training",
     "check",
+    "compilation_cache",
     "descend",
     "errors",
     "fresh_seed",
@@ -69,6 +71,7 @@ _MODULES = ("errors", "schedule", "smoothness", "updates")
 # be found under that name.
 _NAMES = {
     "_check": ("CheckReport", "check"),
+    "_jax": ("compilation_cache",),
     "_plan": ("plan",),
     "_replay": ("Replay", "Stats"),
     "_train": ("states", "train", "train_many"),

@@ -18,7 +18,6 @@ from metagradient.optional import library
 from metagradient.tasks.registry import SELECTIONS, TASKS
 
 _COMMANDS = sorted({"doctor", *(name.partition("-")[0] for name in TASKS)})
-_CACHE = Path.home() / ".cache" / "metagradient" / "compiled"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] not in _COMMANDS:
             print(_usage(), file=sys.stdout if arguments[:1] in ([], ["--help"], ["-h"]) else sys.stderr)
             return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
-        _keep_programs()
+        from metagradient._jax import compilation_cache
+
+        compilation_cache()
         name, rest = _named(*arguments)
         task = TASKS[name]()
         if resumed := begun(name, task.config, rest):
@@ -43,14 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     return 0
-
-
-def _keep_programs() -> None:
-    """Keep compiled programs from one command to the next."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _named(command: str, *rest: str) -> tuple[str, Sequence[str]]:
