@@ -95,7 +95,13 @@ def queries(training: mg.Training) -> None:
     mg.value_and_metagrad(training, lambda state, z: state.params["w"][0], vector=True)(Z)
 
 
+def through_jax(training: mg.Training) -> None:
+    jax.grad(lambda z: objective(mg.train(training, z, adjoint=mg.Replay(window=2)), None))(Z)
+
+
 USES = {
+    "jax.grad": through_jax,
+    "states": lambda training: list(mg.states(training, Z, every=2)),
     "train": lambda training: mg.train(training, Z),
     "train_many": lambda training: mg.train_many(training, [Z, Z]),
     "metagradient": metagradient_of,
@@ -132,6 +138,21 @@ def test_dropping_a_metagradient_frees_its_objective():
     metagradient(Z)
     del captured, scaled, metagradient
     assert alive([reference]) == 0
+
+
+def test_dropping_a_mean_frees_its_loss():
+    training, captured = training_with(Captured(0.5)), Captured(2.0)
+    reference = weakref.ref(captured)
+
+    def loss(state, batch, captured=captured):
+        return captured.number * jnp.mean((batch["x"] @ state.params["w"]) ** 2)
+
+    mean = mg.mean_over(BATCHES, loss)
+    mg.value_and_metagrad(training, lambda state, z: mean(state) + jnp.sum(z["weights"]))(Z)
+    jax.grad(lambda z: mean(mg.train(training, z, adjoint=mg.Replay())))(Z)
+    references = [reference, weakref.ref(mean.programs)]
+    del captured, loss, mean
+    assert alive(references) == 0
 
 
 def test_nothing_of_a_traversal_waits_for_the_collector():

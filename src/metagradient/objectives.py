@@ -67,7 +67,7 @@ class MeanOver(Shown):
 
     def shares(self) -> Iterator[tuple[float, PyTree]]:
         """Every batch, and its share of all examples."""
-        sizes = [holds_examples(jax.tree.map(array, batch), self.examples)[0] for batch in self._read()]
+        sizes = [holds_examples(batch, self.examples)[0] for batch in self._read()]
         for size, batch in zip(sizes, self._read(), strict=True):
             yield size / sum(sizes), batch
 
@@ -123,11 +123,13 @@ class _MeanPrograms:
     """
 
     def __init__(self, loss: tuple[Callable[..., jax.Array], bool]):
-        self.loss, self.takes_args = loss
+        given, takes_args = loss
 
-    def function(self, state: PyTree, batch: PyTree, args: PyTree) -> jax.Array:
-        """The loss, of arguments that fit all."""
-        return self.loss(state, batch, args) if self.takes_args else self.loss(state, batch)
+        def function(state: PyTree, batch: PyTree, args: PyTree) -> jax.Array:
+            return given(state, batch, args) if takes_args else given(state, batch)
+
+        # No method: a program that held this object would hold itself.
+        self.function, self.takes_args = function, takes_args
 
     @cached_property
     def value(self) -> Callable[..., jax.Array]:
