@@ -147,9 +147,12 @@ def test_dropping_a_mean_frees_its_loss():
     def loss(state, batch, captured=captured):
         return captured.number * jnp.mean((batch["x"] @ state.params["w"]) ** 2)
 
+    def use(mean):
+        mg.value_and_metagrad(training, lambda state, z: mean(state) + jnp.sum(z["weights"]))(Z)
+        jax.grad(lambda z: mean(mg.train(training, z, adjoint=mg.Replay())))(Z)
+
     mean = mg.mean_over(BATCHES, loss)
-    mg.value_and_metagrad(training, lambda state, z: mean(state) + jnp.sum(z["weights"]))(Z)
-    jax.grad(lambda z: mean(mg.train(training, z, adjoint=mg.Replay())))(Z)
+    use(mean)
     references = [reference, weakref.ref(mean.programs)]
     del captured, loss, mean
     assert alive(references) == 0
