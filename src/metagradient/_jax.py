@@ -65,9 +65,10 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
 
 @cache
 def _compiler_options(backend: str) -> dict[str, Any] | None:
-    # XLA's fusions into YNNPACK, new in jaxlib 0.10, compute wrongly what vmapped norms are pulled back by: rows from
-    # the third on (0.10), or a step of every one of several trainings (0.12, on processors with AVX-512 at least).
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    # XLA's fusions of elementwise operations and reductions into YNNPACK, new in jaxlib 0.10, compute wrongly what
+    # vmapped norms are pulled back by: rows from the third on (0.10), or a step of every one of several trainings
+    # (0.12, on processors with AVX-512 at least). Products by themselves are right, and up to a seventh faster with it.
+    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     return options if backend == "cpu" and _takes(options) else None
 
 
