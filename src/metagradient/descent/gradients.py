@@ -142,7 +142,8 @@ class Gradients:
         """Held-out value (without `held_out`, the objective's) of one training."""
         run = self.training if seed is None else self._drawn(seed)
         assert isinstance(run, (Training, CountSurrogate))
-        state = run.trained(z) if isinstance(run, CountSurrogate) else train(run, z)
+        segment = self.options.segment
+        state = run.trained(z) if isinstance(run, CountSurrogate) else train(run, z, segment=segment)
         self._last_scored = run
         return self._score(self.held_out or self.objective, state, bare(z))
 
