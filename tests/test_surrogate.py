@@ -291,3 +291,13 @@ def test_a_pool_of_a_million_streams_in_the_memory_of_a_small_one():
     small, large = peak(40_000), peak(1_000_000)
     # Its examples would take 256 MB; its counts and gradients, in a few copies, take 4 MB each.
     assert large - small < 60
+
+
+def test_a_held_out_objective_may_read_the_counts_of_a_journalled_descent(tmp_path):
+    def fewer(state, z):
+        return held_out(state, z) + 1e-3 * jnp.sum(z["counts"])
+
+    z = z_of(np.ones(POOL))
+    descent = mg.descend(by_seed, held_out, z, mg.updates.counts(0.3), 1, held_out=fewer, out=tmp_path / "run")
+    (record,) = descent
+    assert record.held_out == pytest.approx(record.value + 1e-3 * POOL, rel=1e-6)

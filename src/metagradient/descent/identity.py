@@ -48,7 +48,7 @@ def of_objective(objective: Callable[[PyTree, PyTree], Any] | None, run: Trainin
     state = jax.eval_shape(run.initial, state_z)
     try:
         with sets_taken() as sets:
-            program = digest(trace(objective, state, bare(state_z))[0], lasting=True)
+            program = digest(trace(objective, state, bare(z))[0], lasting=True)
     except (TypeError, jax.errors.JAXTypeError):
         return "not traceable"
     return " ".join([program, *(_of_set(mean) for mean in dict.fromkeys(sets))])
