@@ -61,7 +61,7 @@ def train(
     """
     check_training(training)
     if adjoint is None:
-        return _walked(training, canonical(z), Replay(segment=segment, progress=progress))
+        return _walked(training, z, Replay(segment=segment, progress=progress))
     if not isinstance(adjoint, Replay):
         raise StructureError(f"adjoint is {adjoint!r:.80}: give mg.Replay(...)")
     if segment is not None or progress:

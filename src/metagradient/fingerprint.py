@@ -69,7 +69,9 @@ def host_fingerprint(tree: PyTree) -> np.ndarray:
     """Hash of every leaf of a tree of NumPy arrays, uint32[leaves, 2], by BLAKE2b: no program, and off the device."""
 
     def one(x: np.ndarray) -> np.ndarray:
-        return np.frombuffer(hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=8).digest(), np.uint32)
+        # As bytes without a copy, whatever the dtype.
+        raw = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        return np.frombuffer(hashlib.blake2b(raw.data, digest_size=8).digest(), np.uint32)
 
     return np.array([one(x) for x in jax.tree.leaves(tree)], np.uint32).reshape(-1, 2)
 

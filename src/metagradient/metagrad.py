@@ -72,9 +72,8 @@ class Metagradient(Shown):
 
     def __call__(self, z: PyTree) -> tuple[Any, PyTree]:
         """Value of the objective (with `has_aux`, value and aux), and its gradient in the structure of z."""
-        found = self.evaluate(z)
-        value = (found.value, found.aux) if self._objective.has_aux else found.value
-        return value, found.grad
+        value, grad, _ = self.with_stats(z)
+        return value, grad
 
     def with_stats(self, z: PyTree) -> tuple[Any, PyTree, Stats]:
         """What a call returns, and what it took."""

@@ -93,25 +93,35 @@ class PerStep(_Kind):
     """
 
 
-class _Rows:
-    """Example ids as static pytree data: compared by content, hashed once."""
+class _Ids:
+    """Integers as static pytree data: compared by content, hashed once."""
 
-    def __init__(self, ids: Any):
+    def __init__(self, name: str, ids: Any):
         self.ids = np.array(ids)
         if self.ids.ndim != 1 or not np.issubdtype(self.ids.dtype, np.integer):
-            raise StructureError(f"PerExample rows must be a vector of integers, got {self.ids.dtype}{self.ids.shape}")
-        self.order = np.argsort(self.ids, kind="stable")
-        self.sorted = self.ids[self.order]
-        if self.ids.size and (self.sorted[0] < 0 or np.any(np.diff(self.sorted) == 0)):
-            raise StructureError("PerExample rows must be distinct and not negative")
+            raise StructureError(f"{name} must be a vector of integers, got {self.ids.dtype}{self.ids.shape}")
         self.ids.setflags(write=False)
-        self._hash = hash(self.ids.tobytes())
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.ids.tobytes())
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Rows) and np.array_equal(self.ids, other.ids))
+        return self is other or (type(other) is type(self) and np.array_equal(self.ids, other.ids))
+
+
+class _Rows(_Ids):
+    """Ids of the examples that a `PerExample` leaf covers."""
+
+    def __init__(self, ids: Any):
+        super().__init__("PerExample rows", ids)
+        self.order = np.argsort(self.ids, kind="stable")
+        self.sorted = self.ids[self.order]
+        if self.ids.size and (self.sorted[0] < 0 or np.any(np.diff(self.sorted) == 0)):
+            raise StructureError("PerExample rows must be distinct and not negative")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -179,31 +189,18 @@ class PerExample(_Kind):
         return jnp.where(found, jnp.asarray(self._rows.order)[at], self._rows.ids.size)
 
 
-class _Groups:
-    """The group of every example, as static pytree data: compared by content, hashed once, on the device once."""
+class _Groups(_Ids):
+    """The group of every example, on the device once."""
 
     def __init__(self, ids: Any):
-        self.ids = np.array(ids)
-        if self.ids.ndim != 1 or not np.issubdtype(self.ids.dtype, np.integer):
-            raise StructureError(f"PerGroup groups must be a vector of integers, got {self.ids.dtype}{self.ids.shape}")
+        super().__init__("PerGroup groups", ids)
         if self.ids.min(initial=0) < 0:
             raise StructureError(f"PerGroup groups must not be negative: groups[{int(self.ids.argmin())}] is")
         self.bound = int(self.ids.max(initial=-1)) + 1
-        self.ids.setflags(write=False)
 
     @cached_property
     def device(self) -> jax.Array:
         return jnp.asarray(self.ids, jnp.int32)
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.ids.tobytes())
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Groups) and np.array_equal(self.ids, other.ids))
 
 
 @jax.tree_util.register_pytree_with_keys_class

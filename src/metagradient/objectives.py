@@ -149,10 +149,7 @@ class _MeanPrograms:
                 return function(rebuild(x), batch, args)
 
             value, vjp = jax.vjp(of, values)
-            if not value.ndim:
-                return value, vjp(jnp.ones_like(value))[0]
-            one_hot = jnp.eye(value.shape[0], dtype=value.dtype)
-            return value, over_queries(vjp, one_hot, convolves=convolves(trace(of, values)[0]))[0]
+            return value, _slopes(vjp, value, of, values)[0]
 
         return compiled(found)
 
@@ -212,19 +209,21 @@ class _Programs:
 
     @cached_property
     def value_and_pull_back(self) -> Callable[..., tuple[jax.Array, PyTree, Cotangent, PyTree]]:
-        """`(vector, has_aux, state, z) -> (value, aux, cotangents of the state's floating leaves, and of z)`."""
+        """`(has_aux, state, z) -> (value, aux, cotangents of the state's floating leaves, and of z)`."""
         function = self.function
 
-        def found(vector: bool, has_aux: bool, state: PyTree, z: PyTree) -> Any:
-            def slopes(vjp: Callable[..., Any], value: jax.Array, of: Callable[..., Any], *arguments: Any) -> Any:
-                if not vector:
-                    return vjp(jnp.ones_like(value))
-                one_hot = jnp.eye(value.shape[0], dtype=value.dtype)
-                return over_queries(vjp, one_hot, convolves=convolves(trace(of, *arguments)[0]))
+        def found(has_aux: bool, state: PyTree, z: PyTree) -> Any:
+            return _pulled_back(function, has_aux, state, z, _slopes)
 
-            return _pulled_back(function, has_aux, state, z, slopes)
+        return compiled(found, static_argnums=0)
 
-        return compiled(found, static_argnums=(0, 1))
+
+def _slopes(vjp: Callable[..., Any], value: jax.Array, of: Callable[..., Any], *arguments: Any) -> Any:
+    """Cotangents of the arguments of a scalar, or, along a first axis, of each entry of a vector."""
+    if not value.ndim:
+        return vjp(jnp.ones_like(value))
+    one_hot = jnp.eye(value.shape[0], dtype=value.dtype)
+    return over_queries(vjp, one_hot, convolves=convolves(trace(of, *arguments)[0]))
 
 
 def _pulled_back(
@@ -300,7 +299,7 @@ class Objective:
         if self._walks[about]:
             pulled = partial(jax.eval_shape, self._differentiated)
         else:
-            pulled = partial(self.programs.value_and_pull_back.eval_shape, self.vector, self.has_aux)
+            pulled = partial(self.programs.value_and_pull_back.eval_shape, self.has_aux)
 
         def program() -> Program:
             with sets_taken():
@@ -313,7 +312,7 @@ class Objective:
     def value_and_pull_back(self, state: PyTree, z: PyTree) -> Ended:
         """Its value, and the cotangents of a state and of a bare z."""
         if not self._walks[signature((state, z))]:
-            return Ended(*self.programs.value_and_pull_back(self.vector, self.has_aux, state, z))
+            return Ended(*self.programs.value_and_pull_back(self.has_aux, state, z))
         return Ended(*self._differentiated(state, z))
 
     def _differentiated(self, state: PyTree, z: PyTree) -> tuple[jax.Array, PyTree, Cotangent, PyTree]:
