@@ -1,19 +1,18 @@
 """What a metagradient costs, over three models; prints Markdown tables.
 
-    python benchmarks/cost.py ratios|planner|weights|queries|long ... [--repeats 5] [--models MLP] [--out docs/cost.md]
+    python benchmarks/cost.py ratios|planner|long ... [--repeats 5] [--processes 3] [--models MLP] [--out docs/cost.md]
 
-ratios: times plain training, by schedule and by what a step keeps. planner: predicted against measured, three budgets a
-model. weights: cost against the number of example weights. queries: many objectives in one traversal. long: T = 10,000
-within twenty states. All rounds are interleaved; ratios are medians of those within a round.
+ratios: times plain training, by schedule and by what a step keeps: medians of processes, each the median of rounds in
+turns. planner: predicted against measured, three budgets a model. long: T = 10,000 within twenty states. How cost grows
+with steps, weights, queries and width: benchmarks/growth.py.
 """
 
 import argparse
-import datetime
+import json
 import os
-import platform
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from points import machine, point
 from sklearn.datasets import load_digits
 
 import metagradient as mg
@@ -50,8 +50,12 @@ class Problem:
         evaluate = mg.value_and_metagrad(self.training, self.objective, **options)
         return lambda: evaluate.with_stats(self.z)
 
-    def programs(self, segment: mg.Segment) -> Callable[[], Any]:
-        """The floor: every step and every adjoint step, every state kept, batches at hand, and nothing else."""
+    def programs(self, segment: mg.Segment, *, replays: int = 0) -> Callable[[], Any]:
+        """The floor: every step and every adjoint step, batches at hand, and nothing else.
+
+        Arguments:
+            replays: 0 keeps what pull-backs need on the way, 1 runs every segment again for it.
+        """
         with full_precision(False):
             run = Run.prepared(self.training, canonical(self.z))
         runner = run.runner(segment, hold_bytes=2**40)
@@ -59,12 +63,17 @@ class Problem:
         def walk() -> Any:
             state, kept = run.state, []
             for i in range(len(runner)):
-                left, end = runner.keep(i, state)
-                kept.append(left)
-                state = end().state
+                if replays:
+                    kept.append(state)
+                    state = runner.advance(i, state).state
+                else:
+                    left, end = runner.keep(i, state)
+                    kept.append(left)
+                    state = end().state
             cotangent, total = floating(state)[0], zeros(runner.given.z)
             for i in reversed(range(len(runner))):
-                pulled = runner.pull(i, kept.pop(), cotangent, total)
+                left = runner.keep(i, kept.pop())[0] if replays else kept.pop()
+                pulled = runner.pull(i, left, cotangent, total)
                 cotangent, total = pulled.cotangent, pulled.total
             return total
 
@@ -165,10 +174,17 @@ def decoder(corpus: Path, steps: int = 16) -> Problem:
     )  # fmt: skip
 
 
-def problems(given: argparse.Namespace) -> list[Problem]:
-    corpus: Path | None = given.corpus
-    made = {"MLP": mlp, "ResNet-9": resnet9, **({"decoder": lambda: decoder(corpus)} if corpus else {})}
-    return [make() for name, make in made.items() if name in given.models]
+MADE: dict[str, Callable[[Path | None], Problem]] = {
+    "MLP": lambda corpus: mlp(),
+    "MLP, T = 2,048": lambda corpus: mlp(2048),
+    "ResNet-9": lambda corpus: resnet9(),
+    "decoder": lambda corpus: decoder(corpus) if corpus else sys.exit("the decoder needs --corpus"),
+}
+
+
+def asked(given: argparse.Namespace) -> list[str]:
+    """Names of the models asked for; without a corpus, the decoder is left out."""
+    return [name for name in given.models if name != "decoder" or given.corpus]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -192,31 +208,52 @@ def against(times: dict[str, list[float]], base: str) -> dict[str, float]:
     return {name: median(a / b for a, b in zip(ts, times[base], strict=True)) for name, ts in times.items()}
 
 
+def ways(problem: Problem) -> dict[str, Callable[[], Any]]:
+    leaf = problem.segment
+    every = 1 if leaf.loop == "scan" else None
+    found = {
+        "plain": problem.plain(),
+        "every state": problem.metagradient(schedule=KEEP_ALL),
+        "every state, the programs alone": problem.programs(leaf),
+        "two-level": problem.metagradient(schedule=mg.schedule.TwoLevel(every)),
+        "two-level, the programs alone": problem.programs(leaf, replays=1),
+    }
+    if leaf.loop == "scan":
+        return {**found, "ten states": problem.metagradient(schedule=mg.schedule.Binomial(10))}
+    linearised = mg.Segment(1, "steps", "linearisation")
+    return {
+        **found,
+        "linearisations": problem.metagradient(schedule=KEEP_ALL, segment=linearised),
+        "linearisations, the programs alone": problem.programs(linearised),
+        "two-level, linearisations": problem.metagradient(schedule=TWO_LEVEL, segment=linearised),
+    }
+
+
+def measured(name: str, corpus: Path | None, repeats: int) -> dict[str, tuple[float, float]]:
+    """Seconds and ratio to plain training of every way, in this process."""
+    times = interleaved(ways(MADE[name](corpus)), repeats)
+    return {way: (median(times[way]), ratio) for way, ratio in against(times, "plain").items()}
+
+
 def ratios(given: argparse.Namespace) -> list[str]:
     rows = []
-    longer = [replace(mlp(steps=2048), name="MLP, T = 2,048")] if "MLP" in given.models else []
-    for problem in [*problems(given), *longer]:
-        ways = {"plain": problem.plain(), "every state": problem.metagradient(schedule=KEEP_ALL)}
-        leaf = problem.segment
-        every = 1 if leaf.loop == "scan" else None
-        ways["every state, the programs alone"] = problem.programs(leaf)
-        ways["two-level"] = problem.metagradient(schedule=mg.schedule.TwoLevel(every))
-        if leaf.loop == "steps":
-            linearised = mg.Segment(1, "steps", "linearisation")
-            ways["linearisations"] = problem.metagradient(schedule=KEEP_ALL, segment=linearised)
-            ways["linearisations, the programs alone"] = problem.programs(linearised)
-            ways["two-level, linearisations"] = problem.metagradient(schedule=TWO_LEVEL, segment=linearised)
-        else:
-            ways["ten states"] = problem.metagradient(schedule=mg.schedule.Binomial(10))
-        times = interleaved(ways, given.repeats)
-        for name, ratio in against(times, "plain").items():
-            rows.append(f"| {problem.name} | {name} | {median(times[name]):.2f} | {ratio:.2f} |")
-    return ["## Times plain training", "", "| model | way | seconds | ratio |", "|---|---|---|---|", *rows]
+    for name in asked(given):
+        processes = [
+            point(__file__, name, given.repeats, *([given.corpus] if given.corpus else []))
+            for _ in range(given.processes)
+        ]
+        for way in processes[0]:
+            took, ratio = (median(p[way][part] for p in processes) for part in (0, 1))
+            spread = sorted(p[way][1] for p in processes)
+            rows.append(f"| {name} | {way} | {took:.3f} | {ratio:.2f} | {spread[0]:.2f} to {spread[-1]:.2f} |")
+            print(rows[-1], flush=True)
+    head = f"| model | way | seconds | ratio | of {given.processes} processes |"
+    return ["## Times plain training", "", head, "|---|---|---|---|---|", *rows]
 
 
 def planner(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in problems(given):
+    for problem in (MADE[name](given.corpus) for name in asked(given)):
         state = nbytes(problem.training.initial(problem.z))
         for states in (1000, 40, 12):
             memory = mg.Memory(device=states * state)
@@ -241,43 +278,6 @@ def planner(given: argparse.Namespace) -> list[str]:
     ]
 
 
-def weights(given: argparse.Namespace) -> list[str]:
-    problem = mlp(steps=512)
-    ways = {}
-    for n in (10**3, 10**4, 10**5, 10**6, 10**7):
-        sized = Problem("", problem.training, problem.objective, {"weights": mg.PerExample(jnp.ones(max(n, 1200)))},
-                        problem.segment)  # fmt: skip
-        ways[f"{n:.0e}"] = sized.metagradient(schedule=KEEP_ALL)
-    times = interleaved(ways, given.repeats)
-    found = against(times, "1e+04")
-    rows = [f"| {name} | {median(times[name]):.3f} | {found[name]:.3f} |" for name in ways]
-    return ["## Example weights, the same batches", "", "| weights | seconds | times 1e+04 |", "|---|---|---|", *rows]
-
-
-def queries(given: argparse.Namespace) -> list[str]:
-    problem = mlp(steps=512)
-    ways: dict[str, Callable[[], Any]] = {"1": problem.metagradient(schedule=KEEP_ALL)}
-    images, labels = digits()
-    model = MLP(sizes=(64, 128, 10))
-
-    def objective(count: int) -> Callable[[Any, Any], jax.Array]:
-        def vector(state: Any, z: Any) -> jax.Array:
-            del z
-            logits, _ = model.apply(state.params, {}, jnp.asarray(images[1200 : 1200 + count]))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[1200 : 1200 + count])
-
-        return vector
-
-    for count in (2, 4, 8):
-        several = Problem("", problem.training, objective(count), problem.z, problem.segment)
-        ways[str(count)] = several.metagradient(schedule=KEEP_ALL, vector=True)
-    times = interleaved(ways, given.repeats)
-    found = against(times, "1")
-    rows = [f"| {n} | {median(times[n]):.3f} | {found[n]:.2f} | {found[n] / int(n):.2f} |" for n in ways]
-    head = "| queries | seconds | times one query | share of separate traversals |"
-    return ["## Queries in one traversal", "", head, "|---|---|---|---|", *rows]
-
-
 def long(given: argparse.Namespace) -> list[str]:
     del given
     problem = mlp(steps=10_000)
@@ -297,24 +297,28 @@ def long(given: argparse.Namespace) -> list[str]:
     ]
 
 
-TABLES = {f.__name__: f for f in (ratios, planner, weights, queries, long)}
+TABLES = {f.__name__: f for f in (ratios, planner, long)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("tables", nargs="+", choices=list(TABLES))
+    parser.add_argument("tables", nargs="*", choices=list(TABLES))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=3, help="of ratios")
     parser.add_argument("--models", nargs="+", default=["MLP", "ResNet-9", "decoder"], help="of ratios and planner")
     parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.point:
+        name, repeats, *corpus = given.point
+        print(json.dumps(measured(name, Path(corpus[0]) if corpus else None, int(repeats))))
+        return
     blocks = [["# What a metagradient costs"], *(TABLES[name](given) for name in given.tables)]
     tunables = f"GLIBC_TUNABLES={found} " if (found := os.environ.get("GLIBC_TUNABLES")) else ""
     made = (
-        f"Made by `{tunables}python benchmarks/cost.py {' '.join(given.tables)}` on {datetime.date.today()}"
-        f": {platform.machine()}, {jax.devices()[0].device_kind}, jax {version('jax')}, "
-        f"metagradient {version('metagradient')}; medians of {given.repeats} rounds, interleaved where ways are "
-        "compared; the long run once."
+        f"Made by `{tunables}python benchmarks/cost.py {' '.join(given.tables)}`: {machine()}; medians of "
+        f"{given.repeats} rounds in turns; the long run once."
     )
     text = "\n\n".join("\n".join(block) for block in [*blocks, [made]])
     print(text)

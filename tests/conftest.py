@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from quick import quickly
 
 from metagradient.step import programs
 
@@ -26,17 +27,44 @@ OF_THEIR_OWN = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--optimised", action="store_true", help="compile every program as users do, which takes longer")
+
+
+MAPPINGS = 45_000
+
+
+def mappings() -> int:
+    """Memory mappings of this process, where the system tells."""
+    file = Path("/proc/self/maps")
+    return file.read_bytes().count(b"\n") if file.exists() else MAPPINGS + 1
+
+
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_a_module(request: pytest.FixtureRequest, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[None]:
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Programs compile quickly, but in modules marked `optimised`, which are about what the compiler makes of them."""
+    if request.config.option.optimised or request.node.get_closest_marker("optimised"):
+        yield
+    else:
+        with quickly():
+            yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_module(
+    request: pytest.FixtureRequest, monkeypatch_module: pytest.MonkeyPatch, compiler: None
+) -> Iterator[None]:
     """Tests of a module share compiled programs, as the steps of one owner would, and leave none to the next module.
 
-    Compiled programs hold memory maps, of which a process may have some 65,000: all of a suite's are too many.
+    What JAX caches of them goes too once there are many: programs hold memory mappings, of which Linux allows a process
+    some 65,000, and all of a suite's are more.
     """
     if request.module.__name__ not in OF_THEIR_OWN:
         monkeypatch_module.setattr(programs, "_LIVE", {})
     yield
     monkeypatch_module.undo()
-    jax.clear_caches()
+    if mappings() > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from quick import quickly
 
 import metagradient as mg
 from metagradient.descent import journal
@@ -92,4 +93,5 @@ def fail_at(call: int, phase: str, die: Callable[[], Any], patch: Callable[[Any,
 
 if __name__ == "__main__":
     fail_at(int(sys.argv[2]), sys.argv[3], lambda: os.kill(os.getpid(), signal.SIGKILL))
-    list(descent(Path(sys.argv[1])))
+    with quickly():
+        list(descent(Path(sys.argv[1])))

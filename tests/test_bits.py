@@ -19,7 +19,7 @@ from metagradient.schedule import Binomial, KaryTree, KeepAll, TwoLevel
 from metagradient.step.runner import Runner
 from metagradient.trees import floating
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.optimised]
 
 SCHEDULES = [KeepAll()]
 for tier in ("device", "host"):

@@ -70,6 +70,7 @@ def test_the_demo_finds_flipped_labels_and_fills_its_directory(tmp_path: Path, c
     assert tomllib.loads((out / "config.toml").read_text())["steps"] == 60
 
 
+@pytest.mark.slow
 def test_the_demo_runs_on_named_images(tmp_path: Path, shared_data):
     data = str(shared_data("cifar10"))
     sizes = ["--examples", "300", "--target", "100", "--held-out", "100", "--batch", "50", "--steps", "6"]

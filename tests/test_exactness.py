@@ -52,11 +52,8 @@ for tier in ("device", "host"):
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-    # Runs are a dozen steps: compiling them with care costs more than they do, and these tests ask for no speed.
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @cache
@@ -72,7 +69,15 @@ def metagradient(problem, *, training=None, schedule: Schedule = TREE, segment=S
     return function(problem.z)
 
 
-@pytest.mark.parametrize(("name", "schedule"), list(zip(OPTIMISERS, cycle(SCHEDULES), strict=False)), ids=str)
+# The others are slow: their kinds of state are met in test_optimizers.
+ALWAYS = ("sgd", "adam", "driven", "noise", "clipped")
+OPTIMISED = [
+    pytest.param(name, schedule, marks=[] if name in ALWAYS else pytest.mark.slow)
+    for name, schedule in zip(OPTIMISERS, cycle(SCHEDULES), strict=False)
+]
+
+
+@pytest.mark.parametrize(("name", "schedule"), OPTIMISED, ids=str)
 def test_every_optimiser(name, schedule):
     problem, expected = known(name)
     assert_same(metagradient(problem, schedule=schedule), expected)

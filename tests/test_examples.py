@@ -35,7 +35,10 @@ def test_hand_written_step_agrees_with_finite_differences():
     assert metagradient == pytest.approx(differences, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+# One of each way to carry a model, as parameters or as state too, is always run.
+@pytest.mark.parametrize(
+    "name", [f if f in ("haiku_model", "flax_nnx") else pytest.param(f, marks=pytest.mark.slow) for f in FRAMEWORKS]
+)
 def test_frameworks_find_flipped_labels(name, monkeypatch):
     """A fifth of the labels are wrong: of the most harmful examples, more than twice as many."""
     monkeypatch.syspath_prepend(EXAMPLES / "frameworks")

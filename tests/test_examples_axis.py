@@ -20,6 +20,7 @@ from problems import (
     reference,
     rows,
 )
+from quick import crossed
 
 import metagradient as mg
 from metagradient.errors import BatchError, StructureError
@@ -53,11 +54,11 @@ def with_class_weights(**changes: Any) -> Problem:
     return Problem(**{"loss": weighted_loss, "optimizer": OPTIMISERS["momentum"], "batches": drawn, "z": z} | changes)
 
 
-@pytest.mark.parametrize(
-    "segment", [Segment(1, "steps", "state"), Segment(4), Segment(2, "unroll", unroll_microbatches=True)], ids=str
-)
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_micro_batches_cut_what_holds_examples_and_nothing_else(microbatches, segment):
+SEGMENTS = [Segment(1, "steps", "state"), Segment(4), Segment(2, "unroll", unroll_microbatches=True)]
+
+
+@pytest.mark.parametrize(("segment", "microbatches"), crossed(SEGMENTS, [2, 4]), ids=str)
+def test_micro_batches_cut_what_holds_examples_and_nothing_else(segment, microbatches):
     problem = with_class_weights(microbatches=microbatches)
     value, grad = mg.value_and_metagrad(problem.training(), problem.objective, segment=segment)(problem.z)
     # Without micro-batches: neither the library's rule nor another one cuts anything.

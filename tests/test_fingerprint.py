@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import assert_same, mlp, with_optimiser
+from quick import quickly
 
 import metagradient as mg
 from metagradient.fingerprint import fingerprint
@@ -120,6 +121,11 @@ def test_the_leaf_that_is_not_finite_is_told(bad):
 
 def on_four_devices():
     """Called in a process of its own, which has four devices."""
+    with quickly():
+        _on_four_devices()
+
+
+def _on_four_devices():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     assert mesh.size == 4
 

@@ -152,7 +152,10 @@ def quickly_compiled(monkeypatch):
     monkeypatch.setattr(_jax, "_compiler_options", lambda backend: {**options, "xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+# What each does in a run is told by the other tests of it: all reports are slow to make.
+@pytest.mark.parametrize(
+    "framework", [f if f == "equinox" else pytest.param(f, marks=pytest.mark.slow) for f in FRAMEWORKS]
+)
 def test_check_passes(framework):
     made = FRAMEWORKS[framework]()
     report = mg.check(made.training(), made.objective, made.z, segment=SEGMENT, directions=1)

@@ -22,6 +22,7 @@ from problems import (
     reference,
     with_optimiser,
 )
+from quick import crossed
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
@@ -52,10 +53,8 @@ def curriculum() -> Any:
     return MIXTURE * np.linspace(0.8, 1.2, STEPS)[:, None]
 
 
-@pytest.mark.parametrize("segment", SEGMENTS, ids=str)
-@pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("value", [MIXTURE, curriculum()], ids=["[G]", "[T, G]"])
-def test_the_gradient_is_that_of_the_unrolled_loop(value, microbatches, segment):
+@pytest.mark.parametrize(("segment", "microbatches", "value"), crossed(SEGMENTS, [1, 2], [curriculum(), MIXTURE]))
+def test_the_gradient_is_that_of_the_unrolled_loop(segment, microbatches, value):
     problem = grouped(value, microbatches=microbatches)
     schedule = mg.schedule.Binomial(3)
     evaluate = mg.value_and_metagrad(problem.training(), problem.objective, segment=segment, schedule=schedule)
@@ -201,8 +200,7 @@ def closed_over(problem: Problem) -> Problem:
     return replace(problem, loss=lambda params, batch, z: scaled(params, batch, z, {"frozen": jnp.asarray(FROZEN)}))
 
 
-@pytest.mark.parametrize("segment", SEGMENTS, ids=str)
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(("segment", "microbatches"), crossed(SEGMENTS, [1, 2]), ids=str)
 def test_args_reach_the_loss_and_the_gradient_is_as_if_they_were_closed_over(segment, microbatches):
     problem = replace(with_optimiser("momentum"), microbatches=microbatches)
     training = with_args(microbatches=microbatches)

@@ -13,7 +13,7 @@ from jax import lax
 from metagradient import _jax
 from metagradient.errors import ConfigError
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.optimised]
 X = jnp.linspace(-1, 1, 6)
 
 
@@ -196,7 +196,7 @@ def test_steps_through_norms_side_by_side_are_right():
 
 
 def test_options_that_the_compiler_has_not_got():
-    assert not _jax._takes({"xla_cpu_an_option_that_there_never_was": ""})
+    assert not _jax.takes({"xla_cpu_an_option_that_there_never_was": ""})
 
 
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path):

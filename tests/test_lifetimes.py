@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ X = np.random.default_rng(0).normal(size=(EXAMPLES, 5)).astype(np.float32)
 BATCHES = [{"x": X[i : i + BATCH], "index": np.arange(i, i + BATCH)} for i in (0, 4, 8, 12, 2, 6)]
 Z = {"weights": mg.PerExample(jnp.ones(EXAMPLES))}
 OPTIMIZER = optax.sgd(0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_others() -> Iterator[None]:
+    """What lives before these tests isn't looked through again and again for what they drop."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Captured:
@@ -239,14 +249,14 @@ def many(count: int) -> list[tuple[int, int]]:
 
 
 def assert_flat(found: list[tuple[int, int]]) -> None:
-    settled, after = found[19], found[20:]
+    settled, after = found[len(found) // 2 - 1], found[len(found) // 2 :]
     assert max(m for m, _ in after) <= 1.1 * settled[0] + 200
     assert max(r for _, r in after) <= 1.1 * settled[1] + 50e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
-def test_forty_different_trainings_leave_nothing_behind():
-    assert_flat(many(40))
+def test_sixteen_different_trainings_leave_nothing_behind():
+    assert_flat(many(16))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import metagradient as mg
 from metagradient.trees import nbytes
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.optimised]
 
 STEPS = 24
 

@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from problems import CLASSES, VISITED, assert_same, rows
+from quick import crossed, quickly
 
 import metagradient as mg
 from metagradient import Segment
@@ -254,7 +255,7 @@ CASES = {
 
 
 # Where some axes are automatic, `jax.eval_shape` says nothing of the others.
-MIXED = ["micro-batches, scan, statistics and keys"]
+COMBINATIONS = [*crossed(["auto", "explicit"], list(CASES)), ("mixed", "micro-batches, scan, statistics and keys")]
 
 
 @cache
@@ -283,18 +284,22 @@ def check_case(name: str, mesh: Mesh) -> None:
     assert metagradient.with_stats(z)[2].compile_seconds == 0
 
 
-def on_a_mesh() -> None:
+def on_a_mesh(cases: list[tuple[str, str]]) -> None:
     """Called in a process of its own, which has eight devices: prints what failed, by mesh and case."""
+    with quickly():
+        print(json.dumps(failing(cases)))
+
+
+def failing(cases: list[tuple[str, str]]) -> dict[str, str]:
     failed = {}
-    for kind, axes in KINDS.items():
-        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes)
-        for name in MIXED if kind == "mixed" else CASES:
-            alone(name)
-            try:
-                with jax.set_mesh(mesh):
-                    check_case(name, mesh)
-            except Exception:
-                failed[f"{kind}: {name}"] = traceback.format_exc()
+    for kind, name in cases:
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=KINDS[kind])
+        alone(name)
+        try:
+            with jax.set_mesh(mesh):
+                check_case(name, mesh)
+        except Exception:
+            failed[f"{kind}: {name}"] = traceback.format_exc()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=KINDS["explicit"])
     for name, (error, message, work) in FAULTS.items():
         try:
@@ -305,7 +310,7 @@ def on_a_mesh() -> None:
                 failed[name] = str(found)
         except Exception:
             failed[name] = traceback.format_exc()
-    print(json.dumps(failed))
+    return failed
 
 
 def unset(mesh: Mesh) -> None:
@@ -358,12 +363,14 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def failed() -> dict[str, str]:
+def failed(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What fails of the cases that are asked for, all walked in one process."""
+    of_items = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    cases = [(spec.params["kind"], spec.params["case"]) for spec in of_items if spec and "kind" in spec.params]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # What is compared is not what the compiler makes of it, which takes three times as long.
-    options = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    options = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}
     ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import test_meshes; test_meshes.on_a_mesh()"],
+        [sys.executable, "-W", "error", "-c", f"import test_meshes; test_meshes.on_a_mesh({cases!r})"],
         cwd=Path(__file__).parent,
         env={**os.environ, **options, "XLA_FLAGS": flags},
         capture_output=True,
@@ -374,10 +381,7 @@ def failed() -> dict[str, str]:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "case"),
-    [(kind, case) for kind in ("auto", "explicit") for case in CASES] + [("mixed", case) for case in MIXED],
-)
+@pytest.mark.parametrize(("kind", "case"), COMBINATIONS)
 def test_eight_devices_give_what_one_gives(failed, kind, case):
     assert f"{kind}: {case}" not in failed, failed[f"{kind}: {case}"]
 

@@ -18,17 +18,14 @@ from metagradient import Segment
 from metagradient.errors import NonFiniteError, StructureError
 
 pytestmark = pytest.mark.core
-STEPS = 5
+STEPS = 4
 KEEPS = [Segment(1, "steps", "gradient"), Segment(1, "steps", "state"), Segment(1, "steps", "linearisation")]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def float64():
-    # Runs are a few steps: compiling them with care costs more than they do, and these tests ask for no speed.
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Digits by one layer, as there are many optimizers to compile. A ridge penalty keeps gradients of the border's pixels
@@ -240,9 +237,20 @@ EXACT: dict[str, Row] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "segment"), list(zip(EXACT, cycle(KEEPS), strict=False)), ids=lambda x: getattr(x, "keep", x)
-)
+# One of every kind of state, wrapper and reading is always run; the others, of the same kinds, are slow.
+ALWAYS = {
+    *("adafactor", "adam", "lamb", "lion", "noisy_sgd", "radam", "rmsprop, centered", "polyak_sgd", "MultiSteps"),
+    *("MultiSteps, an object", "inject_hyperparams, a schedule", "masked", "partition", "apply_if_finite", "flatten"),
+    *("conditionally_transform", "clipping", "reduce_on_plateau", "momo", "dog", "galore", "muon", "sam", "sm3"),
+    *("schedule_free_adamw", "keep_params_nonnegative"),
+}
+CASES = [
+    pytest.param(name, segment, marks=[] if name in ALWAYS else pytest.mark.slow)
+    for name, segment in zip(EXACT, cycle(KEEPS), strict=False)
+]
+
+
+@pytest.mark.parametrize(("name", "segment"), CASES, ids=lambda x: getattr(x, "keep", x))
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning:optax")
 def test_exact(name, segment):
     row = EXACT[name]

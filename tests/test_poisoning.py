@@ -218,6 +218,7 @@ def test_the_command_poisons_digits_and_fills_its_directory(tmp_path: Path, caps
     }
 
 
+@pytest.mark.slow
 def test_the_command_reads_grey_images_of_another_size_and_leaves_their_border_alone(tmp_path: Path):
     data = mnist_like(tmp_path / "images", {"train": 250, "test": 60})
     out = tmp_path / "run"

@@ -14,7 +14,7 @@ from metagradient.given import Given
 from metagradient.step import segment as segments
 from metagradient.step.segment import Segment
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.optimised]
 EXAMPLES, WIDTH, STEPS = 512, 72, 2
 STEPWISE = Segment(1, "steps", "state")
 Z = {"weights": mg.PerExample(jnp.ones(EXAMPLES)), "rate": mg.PerStep(jnp.full(STEPS, 0.5))}

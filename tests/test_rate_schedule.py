@@ -62,14 +62,6 @@ constants = [0.01, 0.1]
 ARMS = ("start", "flat", "grid", "grid_accuracy", "mgd")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_to_compile():
-    # Compiling these runs with care costs more than they do.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     file = tmp_path / "small.toml"
@@ -165,20 +157,25 @@ def mnist_like(directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_any_image_directory_will_do_and_a_rate_for_every_step(small, tmp_path):
     data = mnist_like(tmp_path / "mnist")
     out = tmp_path / "run"
     arguments = ["--data", str(data), "--config", str(small), "--knots", "0", "--meta-steps", "3", "--at-once", "1"]
+    arguments += ["--recipe.steps", "8", "--seeds", "1", "--finalist-seeds", "1"]
     assert main(["schedule", *arguments, "--out", str(out)]) == 0
     found = result(out)
     assert {f"{what}_{arm}" for what in ("accuracy", "loss", "training_runs") for arm in ARMS} <= set(found)
     learnt = np.load(out / "schedules.npz")["learnt"]
-    assert learnt.shape == (4, 20)
-    assert len(set(learnt[2].tolist())) > 10
+    assert learnt.shape == (4, 8)
+    assert len(set(learnt[2].tolist())) > 4
     np.testing.assert_allclose(learnt[3], np.sqrt(learnt[1] * learnt[2]), rtol=1e-5)
     (data / "test-00000-of-00001.parquet").unlink()
     assert main(["schedule", *arguments, "--out", str(tmp_path / "without")]) == 2
-    assert main(["schedule", *arguments, "--examples", "100", "--out", str(tmp_path / "without")]) == 0
+    assert (
+        main(["schedule", *arguments, "--meta-steps", "1", "--examples", "100", "--out", str(tmp_path / "without")])
+        == 0
+    )
 
 
 def cut_off_after(lines: int) -> Callable[[Path, str], None]:
@@ -192,10 +189,11 @@ def cut_off_after(lines: int) -> Callable[[Path, str], None]:
     return written
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on_to_the_same_figures(small, tmp_path, monkeypatch):
     # One way to compile, which is otherwise measured: so that bits can be compared.
     monkeypatch.setattr(schedule_module, "descend", partial(mg.descend, segment=mg.Segment(1, "steps", "state")))
-    settings = ["--config", str(small), "--at-once", "1"]
+    settings = ["--config", str(small), "--at-once", "1", "--recipe.steps", "8", "--meta-steps", "3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["schedule", *settings, "--out", str(whole)]) == 0
     # Cut off after so many lines: in the second meta-step, and in the grid.

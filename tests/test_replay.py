@@ -25,6 +25,7 @@ from problems import (
     unrolled,
     with_optimiser,
 )
+from quick import crossed
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
@@ -49,7 +50,12 @@ def through(problem: Any, adjoint: mg.Replay = BINOMIAL, **options: Any) -> Any:
     return lambda z: problem.objective(mg.train(training, z, adjoint=adjoint), None)
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+# The table's others are differentiated by the same programs in test_exactness.
+ALWAYS = ("momentum", "adam", "driven", "noise")
+NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMISERS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_the_unrolled_loop(name):
     problem = with_optimiser(name)
     value, found = jax.value_and_grad(through(problem))(problem.z)
@@ -58,10 +64,11 @@ def test_the_gradient_is_that_of_the_unrolled_loop(name):
     assert_same(found, grad)
 
 
-@pytest.mark.parametrize("segment", [STEPWISE, mg.Segment(3, "scan"), mg.Segment(2, "unroll")], ids=str)
+SCHEDULES = [mg.schedule.Binomial(3), mg.schedule.TwoLevel(), mg.schedule.KaryTree(2, "disk"), mg.schedule.KeepAll()]
+
+
 @pytest.mark.parametrize(
-    "schedule",
-    [mg.schedule.Binomial(3), mg.schedule.TwoLevel(), mg.schedule.KaryTree(2, "disk"), mg.schedule.KeepAll()],
+    ("schedule", "segment"), crossed(SCHEDULES, [STEPWISE, mg.Segment(3, "scan"), mg.Segment(2, "unroll")]), ids=str
 )
 def test_steps_are_as_the_schedule_says_and_bits_those_of_value_and_metagrad(schedule, segment):
     problem, stats = with_optimiser("adam"), []
@@ -366,10 +373,10 @@ def test_options_of_another_kind_are_refused():
 # States on the way.
 
 
-@pytest.mark.parametrize(
-    "segment", [STEPWISE, mg.Segment(4, "scan"), mg.Segment(3, "unroll"), mg.Segment(4, "steps")], ids=str
-)
-@pytest.mark.parametrize("every", [1, 3, 5, STEPS, STEPS + 7])
+WALKED = [STEPWISE, mg.Segment(4, "scan"), mg.Segment(3, "unroll"), mg.Segment(4, "steps")]
+
+
+@pytest.mark.parametrize(("segment", "every"), crossed(WALKED, [1, 3, 5, STEPS, STEPS + 7]), ids=str)
 def test_states_are_those_that_training_passes_through(segment, every):
     problem = with_optimiser("adam")
     found = list(mg.states(problem.training(), problem.z, every=every, segment=segment))

@@ -26,6 +26,7 @@ from problems import (
     ridge,
     rows,
 )
+from quick import crossed
 
 import metagradient as mg
 from metagradient.errors import DerivativeError
@@ -147,8 +148,7 @@ def assert_exact(problem: Problem, **options: Any) -> None:
     assert_same(grad, expected)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "place"), crossed(list(RULES), list(PLACES)))
 def test_the_adjoint_of_a_step_is_exact_wherever_a_rule_sits(rule, place):
     if (rule, place) == ("half_transposed", "vmap"):
         pytest.skip("JAX has no batching rule for linear_call")
@@ -178,12 +178,12 @@ def short() -> dict[str, Any]:
     return {**z, "temperature": mg.PerStep(z["temperature"].value[:5])}
 
 
-@pytest.mark.parametrize(
-    "segment",
-    [Segment(4, "scan", "state"), Segment(4, "scan", "gradient"), Segment(3, "unroll"), Segment(2, "steps", "state")],
-    ids=str,
-)
-@pytest.mark.parametrize("microbatches", [1, 2])
+COMPILED = [
+    *(Segment(4, "scan", "state"), Segment(4, "scan", "gradient"), Segment(3, "unroll"), Segment(2, "steps", "state")),
+]
+
+
+@pytest.mark.parametrize(("segment", "microbatches"), crossed(COMPILED, [1, 2]), ids=str)
 def test_a_rule_is_exact_however_steps_are_compiled(segment, microbatches):
     assert_exact(with_rule(clipped, microbatches=microbatches), segment=segment, schedule=mg.schedule.TwoLevel())
 
@@ -344,7 +344,11 @@ def test_stopped_gradients_are_those_of_the_loop():
 # Candidates' losses of a count surrogate.
 
 
-@pytest.mark.parametrize("rule", [reversal, by_value, twisted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [*(pytest.param(f, marks=pytest.mark.slow) for f in (reversal, by_value)), twisted],
+    ids=lambda f: f.__name__,
+)
 def test_candidates_losses_with_a_rule(rule):
     data = rows(0, EXAMPLES)
 

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from quick import carefully
 
 from metagradient.cli import main, parse
 from metagradient.tasks.classifier import ROUGH, Recipe
@@ -20,7 +21,8 @@ SMALL = """
 
 def test_recipes_of_digits_are_probed_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "run"
-    assert main(["smoothness", "--out", str(out), *SMALL]) == 0
+    with carefully():
+        assert main(["smoothness", "--out", str(out), *SMALL]) == 0
     found = json.loads((out / "result.json").read_text())
     assert found["recipes"] == 2
     assert found["score_examples_smooth"] > 0.9

@@ -11,7 +11,7 @@ from metagradient.data.images import Images
 from metagradient.errors import StructureError
 from metagradient.tasks.classifier import Classifier, Recipe, interpolated, one_cycle
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.optimised]
 
 
 @pytest.fixture

@@ -69,10 +69,10 @@ def _compiler_options(backend: str) -> dict[str, Any] | None:
     # vmapped norms are pulled back by: rows from the third on (0.10), or a step of every one of several trainings
     # (0.12, on processors with AVX-512 at least). Products by themselves are right, and up to a seventh faster with it.
     options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    return options if backend == "cpu" and _takes(options) else None
+    return options if backend == "cpu" and takes(options) else None
 
 
-def _takes(options: dict[str, Any]) -> bool:
+def takes(options: dict[str, Any]) -> bool:
     """Whether this compiler has these options."""
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()

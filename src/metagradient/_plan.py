@@ -111,14 +111,16 @@ def _measured(run: Run, segment: Segment, kinds: list[LeafKind], memory: Memory)
 def _leaf(run: Run, segment: Segment) -> Leaf:
     runner = run.runner(segment)
     steps = len(runner.steps(0))
-    cotangent = floating(run.state)[0]
+    cotangent, total = floating(run.state)[0], run.programs.zeros(run.given.z)
     kept, _ = runner.keep(0, run.state)
 
     def step() -> None:
         jax.block_until_ready(runner.keep(0, run.state)[1]().state)
 
     def adjoint() -> None:
-        jax.block_until_ready(runner.pull(0, kept, cotangent, run.programs.zeros(run.given.z)))
+        nonlocal total
+        pulled = jax.block_until_ready(runner.pull(0, kept, cotangent, total))
+        total = pulled.total
 
     forward = _seconds(step) / steps
     return Leaf(nbytes((kept.states, kept.beside)) // steps, forward, _seconds(adjoint) / steps, forward)

@@ -16,7 +16,8 @@ from metagradient.metaparameters import like
 from metagradient.progress import Progress
 from metagradient.replay.budget import Memory
 from metagradient.replay.execute import Ending, Traversal
-from metagradient.replay.plan import Plan, affordable, free_host_bytes
+from metagradient.replay.host import free_host_bytes, give_back
+from metagradient.replay.plan import Plan, affordable
 from metagradient.replay.schedule import Schedule, simulate
 from metagradient.replay.store import Stores
 from metagradient.replay.watch import NotFinite, Watch
@@ -27,6 +28,8 @@ from metagradient.step.segment import Segment, check_segment
 from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths, zeros
 
 _SHARE_FOR_BATCHES = 16
+# Less is soon taken again, and a look through the heap takes some milliseconds.
+_WORTH_GIVING_BACK = 2**26
 # In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
 _ADJOINT_IN_STEPS = 3
 
@@ -159,8 +162,8 @@ class Pass:
             except NotFinite:
                 next(self._walked(careful=True))
                 raise _not_again() from None
-            if self._options.verify != "off" or self._compile_seconds:
-                # The adjoint is traced next, with the last batches read: it must be the adjoint of the same step.
+            if self._options.verify != "off" and not self._compile_seconds:
+                # Beside the device's work. Where programs were traced, the way back looks at what it traces as well.
                 run.contract.recheck()
         self._paths = floating_paths(state)
         return state
@@ -194,6 +197,9 @@ class Pass:
             if self._compile_seconds:
                 # Programs were traced on the way: of the step that was checked, or of one altered meanwhile?
                 run.contract.recheck()
+            del walk
+            if sum(figures.peak_bytes.values()) > _WORTH_GIVING_BACK:
+                give_back()
         self.stats = replace(figures, seconds=self._seconds, compile_seconds=self._compile_seconds)
         if self._options.stats:
             self._options.stats(self.stats)

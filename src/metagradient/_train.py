@@ -226,4 +226,5 @@ def _together(runs: list[Run], steps: int) -> list[PyTree]:
     given = replace(runs[0].given, z=None)
     for t in range(min(steps, len(feed))):
         states = form.advance_company(states, zs, given, jnp.int32(t), feed[t])
-    return [jax.tree.map(lambda x, i=i: x[i], states) for i in range(len(runs))]
+    leaves, treedef = jax.tree.flatten(states)
+    return [jax.tree.unflatten(treedef, one) for one in zip(*map(jnp.unstack, leaves), strict=True)]

@@ -24,8 +24,12 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
+@jax.jit
 def _hash(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hash of a leaf, uint32[2], and whether it is finite."""
+    """Hash of a leaf, uint32[2], and whether it is finite.
+
+    A function of its own in every program that hashes: traced once for a shape.
+    """
     finite = jnp.isfinite(x) if is_floating(x) else None
     bits = _bits(x)
     position = jnp.zeros((), jnp.uint32)

@@ -1,17 +1,16 @@
 """Schedules from a memory budget: the fewest predicted seconds that fit."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from metagradient.errors import ScheduleError
 from metagradient.replay.budget import Costs, LeafKind, Memory, format_bytes
 from metagradient.replay.hierarchy import Level, Problem, reversal
+from metagradient.replay.host import free_bytes
 from metagradient.replay.price import Estimate, price
 from metagradient.replay.schedule import TIERS, Action, Binomial, KeepAll, Schedule, Tier, TwoLevel
 from metagradient.replay.search import Search, default_lengths
@@ -194,19 +193,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.3g} s"
-
-
-def free_bytes() -> int:
-    """Free memory of the device that computes: of the host, where that is the device."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    return free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Free memory of the host."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def affordable(segments: int, segment: Segment, state_bytes: int) -> Schedule:

@@ -24,7 +24,6 @@ _DISPATCH_SHARE = 0.03
 _SECONDS_A_METAGRADIENT = 0.02
 _LONGEST = 32
 _UNROLLED = 4
-_TOO_SLOW = 2.0
 
 
 def default_length(steps: int) -> int:
@@ -39,6 +38,8 @@ def choose(programs: Programs, length: int | None, feed: Feed, given: Given, sta
 
     Arguments:
         length: of a segment; None leaves that to be measured too.
+
+    A loop of convolutions isn't tried on CPUs, where it is known to be some 45 times slower.
 
     Cost: a few steps and their adjoints, and one or two compilations a form; nothing where there is no choice.
     """
@@ -61,9 +62,8 @@ def choose(programs: Programs, length: int | None, feed: Feed, given: Given, sta
     baseline = seconds(one)
     if dispatch < _DISPATCH_SHARE * baseline:
         return stepping
-    # A loop that is far slower shows it in two steps, before a whole segment is spent on it.
     scan = Segment(tried, "scan", unroll_microbatches=unroll)
-    if seconds(replace(scan, length=2)) < _TOO_SLOW * baseline and seconds(scan) < baseline:
+    if not (choices.convolves and jax.default_backend() == "cpu") and seconds(scan) < baseline:
         return scan
     written_out = Segment(length or min(_UNROLLED, steps), "unroll", unroll_microbatches=unroll)
     return written_out if seconds(written_out) < baseline else stepping
@@ -82,19 +82,16 @@ def first_choices(rule: Rule, feed: Feed, given: Given, state: PyTree) -> Choice
 
 def _seconds(runner: Runner, state: PyTree) -> float:
     """Seconds a step of keeping a segment and pulling back through it, compilation apart."""
-
-    def once() -> None:
-        kept, end = runner.keep(0, state)
-        cotangent, total = floating(state)[0], runner.programs.zeros(runner.given.z)
-        jax.block_until_ready((runner.pull(0, kept, cotangent, total), end().state))
-
-    once()
+    total = runner.programs.zeros(runner.given.z)
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(1 + _REPEATS):
         start = perf_counter()
-        once()
+        kept, end = runner.keep(0, state)
+        pulled = runner.pull(0, kept, floating(state)[0], total)
+        jax.block_until_ready((pulled, end().state))
         times.append(perf_counter() - start)
-    return min(times) / len(runner.steps(0))
+        total = pulled.total
+    return min(times[1:]) / len(runner.steps(0))
 
 
 def _dispatch_seconds(feed: Feed, given: Given, state: PyTree) -> float:

@@ -1,0 +1,160 @@
+"""How a metagradient's cost grows: with steps, weights, queries and width; docs/growth.md.
+
+    python benchmarks/growth.py [--out docs/growth.md] [--only steps]
+
+The MLP of benchmarks/cost.py on the digits. Every point is a process of its own; times are medians of rounds in turns
+with plain training of the same run, and memory is what the process grew by over plain training at its peak.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import cost
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from points import machine, peak_mib, point
+
+import metagradient as mg
+from metagradient.models import MLP
+from metagradient.replay.schedule import binomial_advances
+from metagradient.trees import nbytes
+
+STEPS = (128, 512, 2_048, 8_192, 32_768, 100_000)
+STATES = 20
+WEIGHTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8)
+QUERIES = (1, 4, 16, 64, 256)
+WIDTHS = (32, 128, 512, 2_048)
+
+
+def beside_plain(problem: cost.Problem, work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of plain training and of `work`, their ratio, and MiB that `work` takes beyond plain training."""
+    plain = problem.plain()
+    cost.seconds(plain)
+    before = peak_mib()
+    first = cost.seconds(work)
+    times = []
+    while len(times) < (1 if first > 20 else 5):
+        times.append((cost.seconds(plain), cost.seconds(work)))
+    return {
+        "plain": median(p for p, _ in times),
+        "seconds": median(s for _, s in times),
+        "ratio": median(s / p for p, s in times),
+        "MiB": peak_mib() - before,
+    }
+
+
+def of_steps(steps: int, states: int) -> dict[str, float]:
+    problem = cost.mlp(steps)
+    size = nbytes(problem.training.initial(problem.z))
+    if not states:
+        options: dict[str, Any] = {}
+        segment, counts = None, {}
+    else:
+        plan = mg.plan(problem.training, problem.z, memory=mg.Memory(device=states * size))
+        options, segment = {"schedule": plan}, plan.segment
+        counts = {"length": plan.length}
+    work = problem.metagradient(segment=segment, **options)
+    found = beside_plain(problem, work)
+    stats = work()[2]
+    segments = -(-steps // stats.segment.length)
+    slots = stats.peak_states.get("device", 1)
+    # Griewank & Walther's count of advances for as many slots, and a run of every segment that is kept.
+    closed = (binomial_advances(segments, slots) + segments) * stats.segment.length
+    return {**found, **counts, "forward": stats.forward_steps, "closed": closed, "slots": slots,
+            "length": stats.segment.length, "held": sum(stats.peak_bytes.values()) / size}  # fmt: skip
+
+
+def of_weights(count: int) -> dict[str, float]:
+    problem = cost.mlp()
+    problem = replace(problem, z={"weights": mg.PerExample(jnp.ones(max(count, 1200)))})
+    return beside_plain(problem, problem.metagradient())
+
+
+def of_queries(count: int) -> dict[str, float]:
+    problem = cost.mlp()
+    images, labels = cost.digits()
+    model = MLP(sizes=(64, 128, 10))
+
+    def queries(state: Any, z: Any) -> jax.Array:
+        del z
+        logits, _ = model.apply(state.params, {}, jnp.asarray(images[1200 : 1200 + count]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[1200 : 1200 + count])
+
+    problem = replace(problem, objective=queries)
+    return beside_plain(problem, problem.metagradient(vector=True))
+
+
+def of_width(hidden: int) -> dict[str, float]:
+    problem = cost.mlp(128, hidden=hidden)
+    found = beside_plain(problem, problem.metagradient(segment=None))
+    return {**found, "parameters": sum(np.size(x) for x in jax.tree.leaves(problem.training.initial(problem.z).params))}
+
+
+POINTS = {"steps": of_steps, "weights": of_weights, "queries": of_queries, "width": of_width}
+
+
+def figures(found: dict[str, float]) -> str:
+    return f"{found['plain']:.3f} | {found['seconds']:.3f} | {found['ratio']:.2f} | {found['MiB']:.0f}"
+
+
+COLUMNS = "plain s | metagradient s | ratio | MiB beyond plain"
+
+
+def table(name: str) -> list[str]:
+    """One table, printed as it grows."""
+    rows: list[str] = []
+
+    def add(row: str) -> None:
+        print(row, flush=True)
+        rows.append(row)
+
+    if name == "steps":
+        add(f"| T | budget | {COLUMNS} | states held | segment | forward steps | closed form |")
+        add("|---" * 10 + "|")
+        for steps in STEPS:
+            for states in (0, STATES):
+                f = point(__file__, name, steps, states)
+                budget = f"{states} states" if states else "none"
+                add(f"| {steps:,} | {budget} | {figures(f)} | {f['held']:.1f} | {f['length']} | {f['forward']:,} | "
+                    f"{f['closed']:,} |")  # fmt: skip
+        return ["## Steps", "", *rows]
+    points = {"weights": WEIGHTS, "queries": QUERIES, "width": WIDTHS}[name]
+    extra = {"weights": "", "queries": " ratio per query |", "width": " parameters |"}[name]
+    title = {"weights": "example weights", "queries": "queries", "width": "hidden width"}[name]
+    add(f"| {title} | {COLUMNS} |{extra}")
+    add("|---" * (5 + bool(extra)) + "|")
+    for size in points:
+        f = point(__file__, name, size)
+        more = {"weights": "", "queries": f" {f['ratio'] / size:.2f} |", "width": f" {f.get('parameters', 0):,} |"}[
+            name
+        ]
+        add(f"| {size:,} | {figures(f)} |{more}")
+    return [f"## {title.capitalize()}", "", *rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=list(POINTS), default=list(POINTS))
+    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.point:
+        name, *sizes = given.point
+        print(json.dumps(POINTS[name](*map(int, sizes))))
+        return
+    blocks = [["# How a metagradient's cost grows"], *(table(name) for name in given.only)]
+    blocks.append([f"Made by `python benchmarks/growth.py`: {machine()}."])
+    text = "\n\n".join("\n".join(block) for block in blocks)
+    if given.out:
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
