@@ -3,7 +3,6 @@
 import gc
 import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,6 @@ X = np.random.default_rng(0).normal(size=(EXAMPLES, 5)).astype(np.float32)
 BATCHES = [{"x": X[i : i + BATCH], "index": np.arange(i, i + BATCH)} for i in (0, 4, 8, 12, 2, 6)]
 Z = {"weights": mg.PerExample(jnp.ones(EXAMPLES))}
 OPTIMIZER = optax.sgd(0.1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_others() -> Iterator[None]:
-    """What lives before these tests isn't looked through again and again for what they drop."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 class Captured:
