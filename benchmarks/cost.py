@@ -302,7 +302,7 @@ TABLES = {f.__name__: f for f in (ratios, planner, long)}
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("tables", nargs="*", choices=list(TABLES))
+    parser.add_argument("tables", nargs="*", help=", ".join(TABLES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--processes", type=int, default=3, help="of ratios")
     parser.add_argument("--models", nargs="+", default=["MLP", "ResNet-9", "decoder"], help="of ratios and planner")
@@ -314,6 +314,8 @@ def main() -> None:
         name, repeats, *corpus = given.point
         print(json.dumps(measured(name, Path(corpus[0]) if corpus else None, int(repeats))))
         return
+    if not given.tables or set(given.tables) - set(TABLES):
+        parser.error(f"give some of the tables {', '.join(TABLES)}")
     blocks = [["# What a metagradient costs"], *(TABLES[name](given) for name in given.tables)]
     tunables = f"GLIBC_TUNABLES={found} " if (found := os.environ.get("GLIBC_TUNABLES")) else ""
     made = (

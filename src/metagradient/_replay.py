@@ -29,7 +29,7 @@ from metagradient.trees import PyTree, floating, floating_paths, nbytes, paths, 
 
 _SHARE_FOR_BATCHES = 16
 # Less is soon taken again, and a look through the heap takes some milliseconds.
-_WORTH_GIVING_BACK = 2**26
+_WORTH_GIVING_BACK = 2**28
 # In matrix products: a plain step is 3 forward passes, its adjoint a gradient (3) and the gradient's tangent (6).
 _ADJOINT_IN_STEPS = 3
 
