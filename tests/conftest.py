@@ -45,6 +45,7 @@ def mappings() -> int:
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """Programs compile quickly, but in modules marked `optimised`, which are about what the compiler makes of them."""
     if request.config.option.optimised or request.node.get_closest_marker("optimised"):
+        jax.clear_caches()
         yield
     else:
         with quickly():

@@ -12,6 +12,7 @@ from jax._src import compiler
 
 from metagradient import _jax
 
+_PLAIN = compiler.get_compile_options
 # On CPUs. Programs compile in a quarter of the time (jaxlib 0.12 has lost the option of emitters: in half of it). The
 # older emitters make NaNs of the second derivative of a max pooling: tests of that compile `carefully`.
 _QUICK = {
@@ -27,9 +28,6 @@ def _options() -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         return {}
     return {name: value for name, value in _QUICK.items() if _jax.takes({name: value})}
-
-
-_PLAIN = compiler.get_compile_options
 
 
 @contextmanager
@@ -59,13 +57,13 @@ def crossed(*axes: Sequence[Any]) -> list[Any]:
 @contextmanager
 def quickly() -> Iterator[None]:
     """All programs that are compiled here are compiled for a quick compilation, not for quick runs."""
-    options, plain = _options(), _PLAIN
+    options = _options()
 
     def quick(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **more: Any) -> Any:
-        return plain(*arguments, env_options_overrides={**options, **(env_options_overrides or {})}, **more)
+        return _PLAIN(*arguments, env_options_overrides={**options, **(env_options_overrides or {})}, **more)
 
     compiler.get_compile_options = quick
     try:
         yield
     finally:
-        compiler.get_compile_options = plain
+        compiler.get_compile_options = _PLAIN

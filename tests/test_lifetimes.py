@@ -14,6 +14,7 @@ import pytest
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
+from metagradient.schedule import KeepAll
 from metagradient.step.runner import Runner
 from metagradient.step.segment import Segment
 
@@ -242,6 +243,21 @@ def assert_flat(found: list[tuple[int, int]]) -> None:
     settled, after = found[len(found) // 2 - 1], found[len(found) // 2 :]
     assert max(m for m, _ in after) <= 1.1 * settled[0] + 200
     assert max(r for _, r in after) <= 1.1 * settled[1] + 50e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_a_large_pass_gives_its_memory_back():
+    """Freed states of some MiB would stay on the C library's heap."""
+    start = {name: jnp.ones((1024, 1024)) for name in "abcd"}
+    training = mg.Training(start, lambda state, batch, z: jax.tree.map(lambda x: x * z, state), [{}] * 24)
+    evaluate = mg.value_and_metagrad(
+        training, lambda state, z: jnp.sum(state["a"]), segment=Segment(1, "steps", "state"), schedule=KeepAll()
+    )
+    before = resident()
+    for _ in range(2):
+        stats = evaluate.with_stats(jnp.asarray(0.9))[2]
+        assert stats.peak_bytes["device"] == 24 * 4 * 2**22
+        assert resident() < before + 150e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")

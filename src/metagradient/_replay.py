@@ -197,7 +197,6 @@ class Pass:
             if self._compile_seconds:
                 # Programs were traced on the way: of the step that was checked, or of one altered meanwhile?
                 run.contract.recheck()
-            del walk
             if sum(figures.peak_bytes.values()) > _WORTH_GIVING_BACK:
                 give_back()
         self.stats = replace(figures, seconds=self._seconds, compile_seconds=self._compile_seconds)
