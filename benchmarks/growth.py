@@ -1,6 +1,6 @@
 """How a metagradient's cost grows: with steps, weights, queries and width; docs/growth.md.
 
-    python benchmarks/growth.py [--out docs/growth.md] [--only steps]
+    python benchmarks/growth.py [--out docs/growth.md] [--only steps] [--steps 128 2048]
 
 The MLP of benchmarks/cost.py on the digits. Every point is a process of its own; times are medians of rounds in turns
 with plain training of the same run, and memory is what the process grew by over plain training at its peak.
@@ -8,7 +8,9 @@ with plain training of the same run, and memory is what the process grew by over
 
 import argparse
 import json
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -107,7 +109,7 @@ def figures(found: dict[str, float]) -> str:
 COLUMNS = "plain s | metagradient s | ratio | MiB beyond plain"
 
 
-def table(name: str) -> list[str]:
+def table(name: str, lengths: Sequence[int]) -> list[str]:
     """One table, printed as it grows."""
     rows: list[str] = []
 
@@ -118,7 +120,7 @@ def table(name: str) -> list[str]:
     if name == "steps":
         add(f"| T | budget | {COLUMNS} | states held | segment | forward steps | closed form |")
         add("|---" * 10 + "|")
-        for steps in STEPS:
+        for steps in lengths:
             for states in (0, STATES):
                 f = point(__file__, name, steps, states)
                 budget = f"{states} states" if states else "none"
@@ -142,6 +144,7 @@ def table(name: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="lengths of runs")
     parser.add_argument("--only", nargs="+", choices=list(POINTS), default=list(POINTS))
     parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -149,8 +152,8 @@ def main() -> None:
         name, *sizes = given.point
         print(json.dumps(POINTS[name](*map(int, sizes))))
         return
-    blocks = [["# How a metagradient's cost grows"], *(table(name) for name in given.only)]
-    blocks.append([f"Made by `python benchmarks/growth.py`: {machine()}."])
+    blocks = [["# How a metagradient's cost grows"], *(table(name, given.steps) for name in given.only)]
+    blocks.append([f"Made by `python benchmarks/growth.py {shlex.join(sys.argv[1:])}`: {machine()}."])
     text = "\n\n".join("\n".join(block) for block in blocks)
     if given.out:
         given.out.write_text(text + "\n")

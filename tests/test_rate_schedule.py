@@ -162,7 +162,7 @@ def test_any_image_directory_will_do_and_a_rate_for_every_step(small, tmp_path):
     data = mnist_like(tmp_path / "mnist")
     out = tmp_path / "run"
     arguments = ["--data", str(data), "--config", str(small), "--knots", "0", "--meta-steps", "3", "--at-once", "1"]
-    arguments += ["--recipe.steps", "8", "--seeds", "1", "--finalist-seeds", "1"]
+    arguments += ["--recipe.steps", "8"]
     assert main(["schedule", *arguments, "--out", str(out)]) == 0
     found = result(out)
     assert {f"{what}_{arm}" for what in ("accuracy", "loss", "training_runs") for arm in ARMS} <= set(found)
