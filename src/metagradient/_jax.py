@@ -112,15 +112,17 @@ def compilation_cache(path: str | Path | None = None) -> Path:
     return folder
 
 
-class _Compiling:
+class Compiling:
+    """Seconds that XLA compiled, and programs."""
+
     seconds = 0.0
     programs = 0
 
 
 @contextmanager
-def compile_seconds() -> Iterator[_Compiling]:
+def compile_seconds() -> Iterator[Compiling]:
     """Count the seconds that XLA compiles, and the programs, while the context is open."""
-    spent = _Compiling()
+    spent = Compiling()
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from metagradient._jax import compile_seconds
+from metagradient._jax import Compiling, compile_seconds
 from metagradient._plan import planned_once
 from metagradient.errors import DerivativeError, NonFiniteError, StructureError
 from metagradient.metaparameters import like
@@ -152,19 +152,22 @@ class Pass:
 
     def forward(self) -> PyTree:
         """The final state."""
-        run = self._run
-        with self._leg():
+        run, verify = self._run, self._options.verify != "off"
+        with self._leg() as compiling:
             run.check_derivatives(self._z)
             self._segment, self._schedule = self._options.chosen(run)
-            self._walk = self._walked()
+
+            def recheck() -> None:
+                # Where programs were traced, the way back looks once for it and for what it traces itself.
+                if verify and not compiling.programs:
+                    run.contract.recheck()
+
+            self._walk = self._walked(meanwhile=recheck)
             try:
                 state = next(self._walk)
             except NotFinite:
                 next(self._walked(careful=True))
                 raise _not_again() from None
-            if self._options.verify != "off" and not self._compile_seconds:
-                # Beside the device's work. Where programs were traced, the way back looks at what it traces as well.
-                run.contract.recheck()
         self._paths = floating_paths(state)
         return state
 
@@ -219,10 +222,10 @@ class Pass:
                         "division at zero in how it reads z"
                     )
 
-    def _walked(self, *, careful: bool = False) -> "Walk":
+    def _walked(self, *, careful: bool = False, meanwhile: Callable[[], None] = lambda: None) -> "Walk":
         return _walk(
             self._run, self._segment, self._schedule, self._progress, self._queries, self._options.verify != "off",
-            careful,
+            careful, meanwhile,
         )  # fmt: skip
 
     def _sent(self, walk: "Walk", ending: Ending, *, careful: bool = False) -> tuple[PyTree, Stats]:
@@ -249,12 +252,12 @@ class Pass:
         return jax.tree.map(lambda total, *x: total + jnp.stack(x), grad, *starts)
 
     @contextmanager
-    def _leg(self) -> Iterator[None]:
+    def _leg(self) -> Iterator[Compiling]:
         start = perf_counter()
         with (
             full_precision(self._run.training.allow_low_precision), compile_seconds() as compiling, self._progress,
         ):  # fmt: skip
-            yield
+            yield compiling
         self._seconds += perf_counter() - start
         self._compile_seconds += compiling.seconds
 
@@ -270,6 +273,7 @@ def _walk(
     queries: bool,
     verify: bool,
     careful: bool,
+    meanwhile: Callable[[], None],
 ) -> Walk:
     """`Traversal.walk` with all that it needs, which goes with it.
 
@@ -285,7 +289,7 @@ def _walk(
     progress.expect("adjoint", len(runner) * segment.length)
     with Stores(folder) as stores:
         watch = Watch(run.programs.stamp, verify)
-        traversal = Traversal(runner, watch, progress.tick, stores, cost.advances > 0, careful)
+        traversal = Traversal(runner, watch, progress.tick, stores, meanwhile, cost.advances > 0, careful)
         if verify:
             traversal.rehearse(run.state)
         ending = yield from traversal.walk(schedule.actions(len(runner)), run.state)

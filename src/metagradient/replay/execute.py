@@ -35,6 +35,7 @@ class Traversal:
         watch: compares replays with the first run.
         ticker: progress.
         stores: where boundary states go.
+        meanwhile: work for the host, done once while the device still runs to the final state.
         replays: whether any segment is walked twice, so that its batches are read again.
         careful: look for non-finite values after every segment, and say where they first appeared.
     """
@@ -43,6 +44,7 @@ class Traversal:
     watch: Watch
     ticker: Ticker
     stores: Stores
+    meanwhile: Callable[[], None] = lambda: None
     replays: bool = True
     careful: bool = False
     _sizes: dict[int, int] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Traversal:
                         # Before an objective reads it: what that makes of a state that is not finite would hide the
                         # step that made it.
                         state, working = working(), _nothing
+                        self.meanwhile()
                         self.watch.settle()
                         ending = yield state
                         del state
