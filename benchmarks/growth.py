@@ -55,22 +55,25 @@ def beside_plain(problem: cost.Problem, work: Callable[[], Any]) -> dict[str, fl
 def of_steps(steps: int, states: int) -> dict[str, float]:
     problem = cost.mlp(steps)
     size = nbytes(problem.training.initial(problem.z))
-    if not states:
-        options: dict[str, Any] = {}
-        segment, counts = None, {}
-    else:
+    options: dict[str, Any] = {"segment": None}
+    if states:
         plan = mg.plan(problem.training, problem.z, memory=mg.Memory(device=states * size))
-        options, segment = {"schedule": plan}, plan.segment
-        counts = {"length": plan.length}
-    work = problem.metagradient(segment=segment, **options)
+        options = {"schedule": plan, "segment": plan.segment}
+    work = problem.metagradient(**options)
     found = beside_plain(problem, work)
     stats = work()[2]
-    segments = -(-steps // stats.segment.length)
-    slots = stats.peak_states.get("device", 1)
-    # Griewank & Walther's count of advances for as many slots, and a run of every segment that is kept.
-    closed = (binomial_advances(segments, slots) + segments) * stats.segment.length
-    return {**found, **counts, "forward": stats.forward_steps, "closed": closed, "slots": slots,
-            "length": stats.segment.length, "held": sum(stats.peak_bytes.values()) / size}  # fmt: skip
+    closed = steps
+    if states:
+        # Griewank & Walther's count of advances for as many slots, and a run of every segment that is kept.
+        segments = -(-steps // stats.segment.length)
+        closed = (binomial_advances(segments, stats.peak_states["device"]) + segments) * stats.segment.length
+    return {
+        **found,
+        "forward": stats.forward_steps,
+        "closed": closed,
+        "length": stats.segment.length,
+        "held": sum(stats.peak_bytes.values()) / size,
+    }
 
 
 def of_weights(count: int) -> dict[str, float]:
@@ -126,7 +129,12 @@ def table(name: str, lengths: Sequence[int]) -> list[str]:
                 budget = f"{states} states" if states else "none"
                 add(f"| {steps:,} | {budget} | {figures(f)} | {f['held']:.1f} | {f['length']} | {f['forward']:,} | "
                     f"{f['closed']:,} |")  # fmt: skip
-        return ["## Steps", "", *rows]
+        note = (
+            "*States held* counts boundary states and what a step of a segment keeps for its pull-back, in states. The "
+            "*closed form* is Griewank and Walther's count for as many stored states (without a budget, a run); a pass "
+            "walks its first segment once more, and a plan may keep several segments at once, which saves some."
+        )
+        return ["## Steps", "", *rows, "", note]
     points = {"weights": WEIGHTS, "queries": QUERIES, "width": WIDTHS}[name]
     extra = {"weights": "", "queries": " ratio per query |", "width": " parameters |"}[name]
     title = {"weights": "example weights", "queries": "queries", "width": "hidden width"}[name]
