@@ -45,14 +45,14 @@ def first_call(problem: cost.Problem) -> dict[str, Any]:
     return {"first": first, "programs": compiling.programs, "run": run, "segment": asdict(work()[2].segment)}
 
 
-def floor(problem: cost.Problem, segment: mg.Segment) -> float:
+def floor(problem: cost.Problem, segment: mg.Segment) -> dict[str, float]:
     """Seconds of the programs that no metagradient can do without."""
     state = problem.training.initial(problem.z)
     gradient = jax.jit(jax.value_and_grad(lambda params: problem.objective(replace(state, params=params), problem.z)))
-    return beyond(problem.programs(segment)) + beyond(lambda: gradient(state.params))
+    return {"floor": beyond(problem.programs(segment)) + beyond(lambda: gradient(state.params))}
 
 
-def measured(what: str, name: str, rest: list[str]) -> Any:
+def measured(what: str, name: str, rest: list[str]) -> dict[str, Any]:
     """One point, in this process."""
     corpus = Path(rest[0]) if rest[0] else None
     problem = MODELS[name](corpus)
@@ -68,7 +68,8 @@ def measured(what: str, name: str, rest: list[str]) -> Any:
 def row(name: str, corpus: str) -> str:
     """One model's figures."""
     cold = [point(__file__, "first", name, corpus) for _ in range(PROCESSES)]
-    floors = [point(__file__, "floor", name, corpus, json.dumps(cold[0]["segment"])) for _ in range(PROCESSES)]
+    segment = json.dumps(cold[0]["segment"])
+    floors = [point(__file__, "floor", name, corpus, segment)["floor"] for _ in range(PROCESSES)]
     with tempfile.TemporaryDirectory() as cache:
         point(__file__, "first", name, corpus, cache)
         warm = [point(__file__, "first", name, corpus, cache) for _ in range(PROCESSES)]

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -40,12 +40,12 @@ ROOMS = {
     "schedules and plans": ("schedule", "plan", "store"),
 }  # fmt: skip
 
-spent: Counter[str] = Counter()
+spent: dict[str, float] = defaultdict(float)
 
 
-def _listen(event: str, seconds: float, **_: Any) -> None:
+def _listen(event: str, duration_secs: float, **_: Any) -> None:
     if part := PARTS.get(event.rsplit("/", 1)[-1]):
-        spent[part] += seconds
+        spent[part] += duration_secs
         spent["programs"] += part == "compilation"
 
 
@@ -57,10 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    before, start = spent.copy(), perf_counter()
+    before, start = dict(spent), perf_counter()
     yield
     found = {"file": item.path.stem.removeprefix("test_"), "tests": 1, "seconds": perf_counter() - start}
-    line = json.dumps(found | dict(spent - before))
+    line = json.dumps(found | {name: amount - before.get(name, 0) for name, amount in spent.items()})
     worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
     with (Path(os.environ[FOLDER]) / worker).open("a") as file:
         file.write(line + "\n")
@@ -69,17 +69,18 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def table(folder: Path, wall: float) -> list[str]:
     """Rows by room, the longest first."""
     room_of = {name: room for room, names in ROOMS.items() for name in names}
-    rooms: dict[str, Counter[str]] = {}
+    columns = ("tests", "seconds", *PARTS.values(), "programs")
+    rooms: dict[str, list[float]] = {}
     for line in (line for path in folder.iterdir() for line in path.read_text().splitlines()):
         row = json.loads(line)
-        rooms.setdefault(room_of.get(row.pop("file"), "models, data, examples and the rest"), Counter()).update(row)
-    columns = ("tests", "seconds", *PARTS.values(), "programs")
-    rows = sorted(rooms.items(), key=lambda item: -item[1]["seconds"])
-    rows.append(("**all**", sum((of for _, of in rows), Counter())))
+        amounts = [row.get(column, 0) for column in columns]
+        for room in (room_of.get(row["file"], "models, data, examples and the rest"), "**all**"):
+            rooms[room] = [a + b for a, b in zip(rooms.get(room, [0.0] * len(columns)), amounts, strict=True)]
+    rows = sorted(rooms.items(), key=lambda item: (item[0] == "**all**", -item[1][1]))
     return [
         f"| what | {' | '.join(columns)} |",
         "|---" * (1 + len(columns)) + "|",
-        *(f"| {name} | {' | '.join(f'{of[c]:,.0f}' for c in columns)} |" for name, of in rows),
+        *(f"| {name} | {' | '.join(f'{x:,.0f}' for x in amounts)} |" for name, amounts in rows),
         "",
         f"Wall time of pytest: {wall:.0f} s.",
     ]
