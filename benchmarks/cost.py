@@ -8,7 +8,6 @@ with steps, weights, queries and width: benchmarks/growth.py.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from points import machine, point
+from points import machine, parsed, point
 from sklearn.datasets import load_digits
 
 import metagradient as mg
@@ -229,19 +228,16 @@ def ways(problem: Problem) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measured(name: str, corpus: Path | None, repeats: int) -> dict[str, tuple[float, float]]:
+def measured(name: str, repeats: str, corpus: str = "") -> dict[str, tuple[float, float]]:
     """Seconds and ratio to plain training of every way, in this process."""
-    times = interleaved(ways(MADE[name](corpus)), repeats)
+    times = interleaved(ways(MADE[name](Path(corpus) if corpus else None)), int(repeats))
     return {way: (median(times[way]), ratio) for way, ratio in against(times, "plain").items()}
 
 
 def ratios(given: argparse.Namespace) -> list[str]:
     rows = []
     for name in asked(given):
-        processes = [
-            point(__file__, name, given.repeats, *([given.corpus] if given.corpus else []))
-            for _ in range(given.processes)
-        ]
+        processes = [point(__file__, name, given.repeats, given.corpus or "") for _ in range(given.processes)]
         for way in processes[0]:
             took, ratio = (median(p[way][part] for p in processes) for part in (0, 1))
             spread = sorted(p[way][1] for p in processes)
@@ -253,7 +249,8 @@ def ratios(given: argparse.Namespace) -> list[str]:
 
 def planner(given: argparse.Namespace) -> list[str]:
     rows = []
-    for problem in (MADE[name](given.corpus) for name in asked(given)):
+    for name in asked(given):
+        problem = MADE[name](given.corpus)
         state = nbytes(problem.training.initial(problem.z))
         for states in (1000, 40, 12):
             memory = mg.Memory(device=states * state)
@@ -264,7 +261,7 @@ def planner(given: argparse.Namespace) -> list[str]:
             took = median(s.seconds for s in stats)
             held = sum(stats[0].peak_bytes.values())
             rows.append(
-                f"| {problem.name} | {states} | {plan.length} | {plan.keep} | {stats[0].forward_steps} "
+                f"| {name} | {states} | {plan.length} | {plan.keep} | {stats[0].forward_steps} "
                 f"| {plan.seconds:.2f} | {took:.2f} | {plan.seconds / took - 1:+.0%} "
                 f"| {plan.estimate.bytes['device'] / 2**20:.1f} | {held / 2**20:.1f} |"
             )
@@ -307,13 +304,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=3, help="of ratios")
     parser.add_argument("--models", nargs="+", default=["MLP", "ResNet-9", "decoder"], help="of ratios and planner")
     parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.point:
-        name, repeats, *corpus = given.point
-        print(json.dumps(measured(name, Path(corpus[0]) if corpus else None, int(repeats))))
-        return
+    given = parsed(parser, measured)
     if not given.tables or set(given.tables) - set(TABLES):
         parser.error(f"give some of the tables {', '.join(TABLES)}")
     blocks = [["# What a metagradient costs"], *(TABLES[name](given) for name in given.tables)]

@@ -18,7 +18,7 @@ from typing import Any
 
 import cost
 import jax
-from points import machine, point
+from points import machine, parsed, point
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
@@ -52,16 +52,15 @@ def floor(problem: cost.Problem, segment: mg.Segment) -> dict[str, float]:
     return {"floor": beyond(problem.programs(segment)) + beyond(lambda: gradient(state.params))}
 
 
-def measured(what: str, name: str, rest: list[str]) -> dict[str, Any]:
-    """One point, in this process."""
-    corpus = Path(rest[0]) if rest[0] else None
-    problem = MODELS[name](corpus)
+def measured(what: str, name: str, corpus: str, given: str = "") -> dict[str, Any]:
+    """One point, in this process: the floor of a given segment, or a first call, with a given cache."""
+    problem = MODELS[name](Path(corpus) if corpus else None)
     # What JAX itself starts with is in no figure.
     jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
     if what == "floor":
-        return floor(problem, mg.Segment(**json.loads(rest[1])))
-    if rest[1:]:
-        mg.compilation_cache(rest[1])
+        return floor(problem, mg.Segment(**json.loads(given)))
+    if given:
+        mg.compilation_cache(given)
     return first_call(problem)
 
 
@@ -84,13 +83,7 @@ def row(name: str, corpus: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="a text file, for the decoder; without it, the decoder is left out")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.point:
-        what, name, *rest = given.point
-        print(json.dumps(measured(what, name, rest)))
-        return
+    given = parsed(parser, measured)
     lines = [
         "# The first metagradient of a process",
         "",

@@ -7,12 +7,10 @@ with plain training of the same run, and memory is what the process grew by over
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from points import machine, peak_mib, point
+from points import machine, parsed, peak_mib, point
 
 import metagradient as mg
 from metagradient.models import MLP
@@ -151,15 +149,9 @@ def table(name: str, lengths: Sequence[int]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS, help="lengths of runs")
     parser.add_argument("--only", nargs="+", choices=list(POINTS), default=list(POINTS))
-    parser.add_argument("--point", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.point:
-        name, *sizes = given.point
-        print(json.dumps(POINTS[name](*map(int, sizes))))
-        return
+    given = parsed(parser, lambda name, *sizes: POINTS[name](*map(int, sizes)))
     blocks = [["# How a metagradient's cost grows"], *(table(name, given.steps) for name in given.only)]
     blocks.append([f"Made by `python benchmarks/growth.py {shlex.join(sys.argv[1:])}`: {machine()}."])
     text = "\n\n".join("\n".join(block) for block in blocks)

@@ -7,13 +7,6 @@ process of its own, whose resident memory is read at its peak; traversals are ti
 """
 
 import argparse
-import datetime
-import json
-import platform
-import resource
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from points import machine, parsed, peak_mib, point
 
 import metagradient as mg
 
@@ -73,7 +67,7 @@ def problem(norm: Any) -> tuple[mg.Training, dict[str, Any], Any]:
 def measure(norm: str, count: int) -> dict[str, float]:
     training, z, queries = problem(NORMS[norm])
     segment = mg.Segment(1, "steps", "state")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
 
     def timed(work: Any) -> float:
         start = perf_counter()
@@ -87,13 +81,13 @@ def measure(norm: str, count: int) -> dict[str, float]:
         scalar = mg.value_and_metagrad(training, lambda s, z: queries(s, z)[0], segment=segment)
         plain()
         scalar(z)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        peak = peak_mib() - before
         seconds = [(timed(plain), timed(lambda: scalar(z))) for _ in range(ROUNDS)]
-        return {"plain": median(s[0] for s in seconds), "seconds": median(s[1] for s in seconds), "MiB": peak / 1024}
+        return {"plain": median(s[0] for s in seconds), "seconds": median(s[1] for s in seconds), "MiB": peak}
     together = mg.value_and_metagrad(training, lambda s, z: queries(s, z)[:count], vector=True, segment=segment)
     plain()
     found = together(z)[1]["weights"].value
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = peak_mib() - before
     seconds = [(timed(plain), timed(lambda: together(z))) for _ in range(ROUNDS)]
     error = 0.0
     for query in (0, 2, count - 1):
@@ -101,17 +95,12 @@ def measure(norm: str, count: int) -> dict[str, float]:
         b = alone["weights"].value
         error = max(error, float(jnp.linalg.norm(found[query] - b) / jnp.linalg.norm(b)))
     took = {"plain": median(s[0] for s in seconds), "seconds": median(s[1] for s in seconds)}
-    return {**took, "MiB": peak / 1024, "error": error}
+    return {**took, "MiB": peak, "error": error}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/queries.md"))
-    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.point:
-        print(json.dumps(measure(options.point[0], int(options.point[1]))))
-        return
+    options = parsed(parser, lambda norm, count: measure(norm, int(count)))
     lines = [
         "# Many queries in one traversal\n",
         f"An embedding, two norms and an MLP of width {WIDTH}, {STEPS} steps of Adam on batches of 512, float32; "
@@ -121,19 +110,14 @@ def main() -> None:
     ]
     for norm in NORMS:
         for count in (0, 8, 32, 128):
-            command = [sys.executable, __file__, "--point", norm, str(count)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            found = point(__file__, norm, count)
             share = found["seconds"] / found["plain"] / max(1, count)
             error = f"{found['error']:.1e}" if count else ""
             figures = f"{found['seconds']:.3f} | {share:.2f} | {found['MiB']:.0f} | {error}"
             lines.append(f"| {norm} | {count or 'a scalar'} | {figures} |")
             print(lines[-1], flush=True)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib"))
-    lines.append(
-        f"\n{platform.machine()}, Python {platform.python_version()}, {versions}, {datetime.date.today()}. Made by "
-        "`python benchmarks/queries.py`."
-    )
-    options.out.write_text("\n".join(lines) + "\n")
+    lines.append(f"\nMade by `python benchmarks/queries.py`: {machine()}.")
+    (options.out or Path("docs/queries.md")).write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

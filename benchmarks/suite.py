@@ -93,12 +93,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
         start = perf_counter()
-        subprocess.run(
+        ran = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "suite", *given.arguments],
             env={**os.environ, FOLDER: folder, "PYTHONPATH": paths},
             check=False,
         )
         print("\n".join(table(Path(folder), perf_counter() - start)))
+    sys.exit(ran.returncode)
 
 
 if __name__ == "__main__":
