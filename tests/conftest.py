@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from quick import quickly
+from quick import MAPPINGS, mappings, quickly
 
 from metagradient.step import programs
 
@@ -28,17 +28,16 @@ OF_THEIR_OWN = {
 }
 
 
+MOST_MAPPINGS = 45_000
+
+
+def pytest_configure() -> None:
+    # Of what tracing makes, hardly anything is garbage.
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--optimised", action="store_true", help="compile every program as users do, which takes longer")
-
-
-MAPPINGS = 45_000
-
-
-def mappings() -> int:
-    """Memory mappings of this process, where the system tells."""
-    file = Path("/proc/self/maps")
-    return file.read_bytes().count(b"\n") if file.exists() else MAPPINGS + 1
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,13 +62,12 @@ def programs_of_a_module(
     """
     if request.module.__name__ not in OF_THEIR_OWN:
         monkeypatch_module.setattr(programs, "_LIVE", {})
-    # What other modules left isn't looked through again; of what tracing makes, hardly anything is garbage.
+    # What other modules left isn't looked through again.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
     yield
     monkeypatch_module.undo()
-    if mappings() > MAPPINGS:
+    if not MAPPINGS.exists() or mappings() > MOST_MAPPINGS:
         jax.clear_caches()
 
 

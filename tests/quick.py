@@ -1,9 +1,10 @@
-"""What keeps a run of the tests short: programs that compile quickly, and products of cases that are slow."""
+"""What keeps a run of the tests short: programs that compile quickly, and cases that are slow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,14 @@ _QUICK = {
 }
 
 
+MAPPINGS = Path("/proc/self/maps")
+
+
+def mappings() -> int:
+    """Memory mappings of this process, on Linux."""
+    return MAPPINGS.read_bytes().count(b"\n")
+
+
 @cache
 def _options() -> dict[str, Any]:
     if jax.default_backend() != "cpu":
@@ -38,6 +47,12 @@ def carefully() -> Iterator[None]:
         yield
     finally:
         compiler.get_compile_options = set_before
+
+
+def slow_but(always: Container[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases as parameters: slow, but for those whose first value is in `always`."""
+    each = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*case, marks=[] if case[0] in always else pytest.mark.slow) for case in each]
 
 
 def crossed(*axes: Sequence[Any]) -> list[Any]:

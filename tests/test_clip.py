@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from problems import Problem, assert_same, reference
+from quick import slow_but
 from tars import DIGITS, WORDS
 
 import metagradient as mg
@@ -82,7 +83,7 @@ def expected(tower: str) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("tower", "loop"), [("transformer", "map"), pytest.param("convolution", "unroll", marks=pytest.mark.slow)]
+    ("tower", "loop"), slow_but(["transformer"], [("transformer", "map"), ("convolution", "unroll")])
 )
 def test_the_metagradient_through_slices_is_that_of_the_whole_batch_and_of_an_unrolled_run(tower, loop):
     with jax.enable_x64(True):

@@ -37,6 +37,7 @@ from problems import (
     tied,
     with_optimiser,
 )
+from quick import slow_but
 
 import metagradient as mg
 from metagradient import Segment
@@ -71,13 +72,11 @@ def metagradient(problem, *, training=None, schedule: Schedule = TREE, segment=S
 
 # The others are slow: their kinds of state are met in test_optimizers.
 ALWAYS = ("sgd", "adam", "driven", "noise", "clipped")
-OPTIMISED = [
-    pytest.param(name, schedule, marks=[] if name in ALWAYS else pytest.mark.slow)
-    for name, schedule in zip(OPTIMISERS, cycle(SCHEDULES), strict=False)
-]
 
 
-@pytest.mark.parametrize(("name", "schedule"), OPTIMISED, ids=str)
+@pytest.mark.parametrize(
+    ("name", "schedule"), slow_but(ALWAYS, zip(OPTIMISERS, cycle(SCHEDULES), strict=False)), ids=str
+)
 def test_every_optimiser(name, schedule):
     problem, expected = known(name)
     assert_same(metagradient(problem, schedule=schedule), expected)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from quick import slow_but
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,9 +37,7 @@ def test_hand_written_step_agrees_with_finite_differences():
 
 
 # One of each way to carry a model, as parameters or as state too, is always run.
-@pytest.mark.parametrize(
-    "name", [f if f in ("haiku_model", "flax_nnx") else pytest.param(f, marks=pytest.mark.slow) for f in FRAMEWORKS]
-)
+@pytest.mark.parametrize("name", slow_but(["haiku_model", "flax_nnx"], FRAMEWORKS))
 def test_frameworks_find_flipped_labels(name, monkeypatch):
     """A fifth of the labels are wrong: of the most harmful examples, more than twice as many."""
     monkeypatch.syspath_prepend(EXAMPLES / "frameworks")

@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from problems import EXAMPLES, Problem, assert_same, batches, cross_entropy, reference, rows
+from quick import slow_but
 
 import metagradient as mg
 from metagradient import _jax
@@ -153,9 +154,7 @@ def quickly_compiled(monkeypatch):
 
 
 # What each does in a run is told by the other tests of it: all reports are slow to make.
-@pytest.mark.parametrize(
-    "framework", [f if f == "equinox" else pytest.param(f, marks=pytest.mark.slow) for f in FRAMEWORKS]
-)
+@pytest.mark.parametrize("framework", slow_but(["equinox"], FRAMEWORKS))
 def test_check_passes(framework):
     made = FRAMEWORKS[framework]()
     report = mg.check(made.training(), made.objective, made.z, segment=SEGMENT, directions=1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import slow_but
 
 import metagradient as mg
 from metagradient.data.chat import TEMPLATES, Encoded, encode
@@ -77,7 +78,7 @@ def started(tuner: Tuner) -> Any:
 
 @pytest.mark.parametrize(
     ("of", "recipe"),
-    [pytest.param("weights", RECIPE, marks=pytest.mark.slow), ("counts", LORA)],
+    slow_but(["counts"], [("weights", RECIPE), ("counts", LORA)]),
     ids=["weights", "counts, lora"],
 )
 def test_metagradients_through_a_tuning_are_those_of_the_unrolled_run(of: str, recipe: FineTuning, pool: Encoded):

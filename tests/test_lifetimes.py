@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import MAPPINGS, mappings
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
@@ -218,10 +219,6 @@ def test_a_probe_over_fresh_seeds_compiles_its_programs_once():
     assert probed([1, 2, 3, 4]) == probed([1])
 
 
-def mappings() -> int:
-    return len(Path(f"/proc/{os.getpid()}/maps").read_text().splitlines())
-
-
 def resident() -> int:
     return int(Path(f"/proc/{os.getpid()}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -245,7 +242,7 @@ def assert_flat(found: list[tuple[int, int]]) -> None:
     assert max(r for _, r in after) <= 1.1 * settled[1] + 50e6
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="reads Linux's /proc")
 def test_a_large_pass_gives_its_memory_back():
     """Freed states of some MiB would stay on the C library's heap."""
     start = {name: jnp.ones((1024, 1024)) for name in "abcd"}
@@ -260,12 +257,12 @@ def test_a_large_pass_gives_its_memory_back():
         assert resident() < before + 150e6
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="reads Linux's /proc")
 def test_sixteen_different_trainings_leave_nothing_behind():
     assert_flat(many(16))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not MAPPINGS.exists(), reason="reads Linux's /proc")
 def test_three_hundred_different_trainings_leave_nothing_behind():
     assert_flat(many(300))

@@ -12,13 +12,14 @@ import optax
 import pytest
 from optax import contrib
 from problems import EXAMPLES, Problem, assert_same, batches, cross_entropy, matrices_only, ridge, rows, seen
+from quick import slow_but
 
 import metagradient as mg
 from metagradient import Segment
 from metagradient.errors import NonFiniteError, StructureError
 
 pytestmark = pytest.mark.core
-STEPS = 4
+STEPS = 5
 KEEPS = [Segment(1, "steps", "gradient"), Segment(1, "steps", "state"), Segment(1, "steps", "linearisation")]
 
 
@@ -244,13 +245,13 @@ ALWAYS = {
     *("conditionally_transform", "clipping", "reduce_on_plateau", "momo", "dog", "galore", "muon", "sam", "sm3"),
     *("schedule_free_adamw", "keep_params_nonnegative"),
 }
-CASES = [
-    pytest.param(name, segment, marks=[] if name in ALWAYS else pytest.mark.slow)
-    for name, segment in zip(EXACT, cycle(KEEPS), strict=False)
-]
 
 
-@pytest.mark.parametrize(("name", "segment"), CASES, ids=lambda x: getattr(x, "keep", x))
+@pytest.mark.parametrize(
+    ("name", "segment"),
+    slow_but(ALWAYS, zip(EXACT, cycle(KEEPS), strict=False)),
+    ids=lambda x: getattr(x, "keep", x),
+)
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning:optax")
 def test_exact(name, segment):
     row = EXACT[name]

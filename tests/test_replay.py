@@ -25,12 +25,13 @@ from problems import (
     unrolled,
     with_optimiser,
 )
-from quick import crossed
+from quick import crossed, slow_but
 
 import metagradient as mg
 from metagradient._jax import compile_seconds
 from metagradient.errors import DerivativeError, NonFiniteError, StructureError
 from metagradient.replay.schedule import Advance, Keep
+from metagradient.step.contract import Contract
 
 pytestmark = pytest.mark.core
 STEPWISE = mg.Segment(1, "steps", "state")
@@ -51,11 +52,7 @@ def through(problem: Any, adjoint: mg.Replay = BINOMIAL, **options: Any) -> Any:
 
 
 # The table's others are differentiated by the same programs in test_exactness.
-ALWAYS = ("momentum", "adam", "driven", "noise")
-NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMISERS]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(("momentum", "adam", "driven", "noise"), OPTIMISERS))
 def test_the_gradient_is_that_of_the_unrolled_loop(name):
     problem = with_optimiser(name)
     value, found = jax.value_and_grad(through(problem))(problem.z)
@@ -65,6 +62,19 @@ def test_the_gradient_is_that_of_the_unrolled_loop(name):
 
 
 SCHEDULES = [mg.schedule.Binomial(3), mg.schedule.TwoLevel(), mg.schedule.KaryTree(2, "disk"), mg.schedule.KeepAll()]
+
+
+@pytest.mark.parametrize(("verify", "later"), [("boundaries", 1), ("off", 0)])
+def test_a_step_is_traced_again_twice_by_the_first_call_and_once_by_a_later_one(monkeypatch, verify, later):
+    traced, real = [], Contract._retraced
+    monkeypatch.setattr(Contract, "_retraced", lambda self: (traced.append(None), real(self))[1])
+    # A loss of its own: programs of an equal one may be there.
+    problem = replace(with_optimiser("sgd"), loss=lambda *arguments: digit_loss(*arguments))
+    evaluate = mg.value_and_metagrad(problem.training(), problem.objective, segment=STEPWISE, verify=verify)
+    evaluate(problem.z)
+    first = len(traced)
+    evaluate(problem.z)
+    assert (first, len(traced) - first) == (2, later)
 
 
 @pytest.mark.parametrize(

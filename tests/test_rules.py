@@ -26,7 +26,7 @@ from problems import (
     ridge,
     rows,
 )
-from quick import crossed
+from quick import crossed, slow_but
 
 import metagradient as mg
 from metagradient.errors import DerivativeError
@@ -179,7 +179,10 @@ def short() -> dict[str, Any]:
 
 
 COMPILED = [
-    *(Segment(4, "scan", "state"), Segment(4, "scan", "gradient"), Segment(3, "unroll"), Segment(2, "steps", "state")),
+    Segment(4, "scan", "state"),
+    Segment(4, "scan", "gradient"),
+    Segment(3, "unroll"),
+    Segment(2, "steps", "state"),
 ]
 
 
@@ -344,11 +347,7 @@ def test_stopped_gradients_are_those_of_the_loop():
 # Candidates' losses of a count surrogate.
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [pytest.param(reversal, marks=pytest.mark.slow), pytest.param(by_value, marks=pytest.mark.slow), twisted],
-    ids=lambda f: f.__name__,
-)
+@pytest.mark.parametrize("rule", slow_but([twisted], [reversal, by_value, twisted]), ids=lambda f: f.__name__)
 def test_candidates_losses_with_a_rule(rule):
     data = rows(0, EXAMPLES)
 

@@ -44,7 +44,7 @@ class Traversal:
     watch: Watch
     ticker: Ticker
     stores: Stores
-    meanwhile: Callable[[], None] = lambda: None
+    meanwhile: Callable[[], None]
     replays: bool = True
     careful: bool = False
     _sizes: dict[int, int] = field(default_factory=dict)
